@@ -1,0 +1,159 @@
+//! Safe, strided, single-threaded matrix product over the `gemm` crate. Callers parallelise over blocks of the result, so
+//! the order of every sum is fixed and results are bit-identical for any number of threads.
+#![allow(unsafe_code)] // one call into the `gemm` crate, whose interface is raw pointers
+
+use std::iter::Sum;
+
+use bytemuck::Pod;
+
+/// Element types the CPU backend computes in: f32 for training, f64 for gradient checks.
+pub trait Real:
+    Pod
+    + Send
+    + Sync
+    + PartialOrd
+    + Sum
+    + std::fmt::Debug
+    + std::fmt::Display
+    + std::ops::Add<Output = Self>
+    + std::ops::Sub<Output = Self>
+    + std::ops::Mul<Output = Self>
+    + std::ops::Div<Output = Self>
+    + std::ops::Neg<Output = Self>
+    + std::ops::AddAssign
+    + std::ops::SubAssign
+    + std::ops::MulAssign
+{
+    /// 0.
+    const ZERO: Self;
+    /// 1.
+    const ONE: Self;
+    /// From f64, rounding.
+    fn of(value: f64) -> Self;
+    /// To f64, exactly.
+    fn to_f64(self) -> f64;
+}
+
+impl Real for f32 {
+    const ZERO: f32 = 0.0;
+    const ONE: f32 = 1.0;
+    fn of(value: f64) -> f32 {
+        value as f32
+    }
+    fn to_f64(self) -> f64 {
+        f64::from(self)
+    }
+}
+
+impl Real for f64 {
+    const ZERO: f64 = 0.0;
+    const ONE: f64 = 1.0;
+    fn of(value: f64) -> f64 {
+        value
+    }
+    fn to_f64(self) -> f64 {
+        self
+    }
+}
+
+/// A strided matrix over a slice; strides in elements.
+#[derive(Debug, Clone, Copy)]
+pub struct Mat<S> {
+    /// The elements.
+    pub data: S,
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// Distance between rows.
+    pub row_stride: usize,
+    /// Distance between columns.
+    pub col_stride: usize,
+}
+
+impl<S> Mat<S> {
+    /// A dense row-major matrix.
+    pub fn row_major(data: S, rows: usize, cols: usize) -> Mat<S> {
+        Mat { data, rows, cols, row_stride: cols, col_stride: 1 }
+    }
+
+    /// A row-major matrix whose rows lie `row_stride` elements apart.
+    pub fn strided(data: S, rows: usize, cols: usize, row_stride: usize) -> Mat<S> {
+        Mat { data, rows, cols, row_stride, col_stride: 1 }
+    }
+
+    /// The transpose, without moving data.
+    pub fn t(self) -> Mat<S> {
+        Mat {
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+            data: self.data,
+        }
+    }
+
+    fn span(&self) -> usize {
+        if self.rows == 0 || self.cols == 0 {
+            return 0;
+        }
+        (self.rows - 1) * self.row_stride + (self.cols - 1) * self.col_stride + 1
+    }
+}
+
+/// `c = a b` or, with `accumulate`, `c += a b`. Runs on the calling thread.
+///
+/// # Panics
+/// If the dimensions do not fit together or a slice is shorter than its matrix: callers have checked both in `infer`.
+pub fn gemm<T: Real>(c: Mat<&mut [T]>, a: Mat<&[T]>, b: Mat<&[T]>, accumulate: bool) {
+    assert!(a.rows == c.rows && b.cols == c.cols && a.cols == b.rows, "gemm: dimensions do not fit");
+    assert!(a.span() <= a.data.len() && b.span() <= b.data.len() && c.span() <= c.data.len(), "gemm: slice too short");
+    assert!(c.rows <= 1 || c.cols <= 1 || (c.row_stride != 0 && c.col_stride != 0), "gemm: result overlaps itself");
+    // SAFETY: the spans asserted above bound every element that the strides reach; `c` is borrowed mutably, so it overlaps
+    // neither `a` nor `b`; T is f32 or f64, which `gemm` supports.
+    unsafe {
+        gemm::gemm(
+            c.rows,
+            c.cols,
+            a.cols,
+            c.data.as_mut_ptr(),
+            c.col_stride as isize,
+            c.row_stride as isize,
+            accumulate,
+            a.data.as_ptr(),
+            a.col_stride as isize,
+            a.row_stride as isize,
+            b.data.as_ptr(),
+            b.col_stride as isize,
+            b.row_stride as isize,
+            T::ONE,
+            T::ONE,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strided_product_matches_plain_loops() {
+        let (m, n, k) = (5, 7, 11);
+        let a: Vec<f64> = (0..m * k).map(|i| (i as f64 * 0.7).sin()).collect();
+        let b: Vec<f64> = (0..n * k).map(|i| (i as f64 * 1.3).cos()).collect();
+        let mut c: Vec<f64> = (0..m * (n + 2)).map(|i| i as f64).collect();
+        let before = c.clone();
+        // b is stored transposed, c has padded rows.
+        gemm(Mat::strided(&mut c, m, n, n + 2), Mat::row_major(&a, m, k), Mat::row_major(&b[..], n, k).t(), true);
+        for i in 0..m {
+            for j in 0..n + 2 {
+                let sum: f64 = if j < n { (0..k).map(|l| a[i * k + l] * b[j * k + l]).sum() } else { 0.0 };
+                assert!((c[i * (n + 2) + j] - before[i * (n + 2) + j] - sum).abs() < 1e-12);
+            }
+        }
+    }
+}

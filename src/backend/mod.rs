@@ -1,0 +1,3 @@
+//! Mechanism of the devices: memory, threads, matrix products. Names no op.
+
+pub mod cpu;

@@ -1,0 +1,10 @@
+//! Data: the dataset file, its sources, the order of an epoch, augmentation and the loader. Knows no device: it fills host
+//! memory that it is handed.
+
+pub mod augment;
+pub mod format;
+pub mod import;
+pub mod loader;
+pub mod mapped;
+pub mod order;
+pub mod writer;

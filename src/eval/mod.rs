@@ -1,0 +1,3 @@
+//! What an encoder is worth.
+
+pub mod knn;

@@ -1,0 +1,3 @@
+//! Out into the world: weights for other programs.
+
+pub mod torchvision;

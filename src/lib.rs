@@ -1,0 +1,13 @@
+//! SimSiam pretraining engine: tape, plan, executors, data and training loop. See ARCHITECTURE.md for the map.
+
+pub mod backend;
+pub mod cli;
+pub mod data;
+pub mod error;
+pub mod eval;
+pub mod export;
+pub mod ops;
+pub mod report;
+pub mod rng;
+pub mod tensor;
+pub mod train;

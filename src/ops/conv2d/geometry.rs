@@ -1,0 +1,44 @@
+//! The geometry of one convolution.
+
+/// Sizes of one 2-D convolution. x: `[n][h][w][c_in]`, w: `[c_out][kh][kw][c_in]`, y: `[n][oh][ow][c_out]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConvGeometry {
+    /// Images.
+    pub n: usize,
+    /// Input height.
+    pub h: usize,
+    /// Input width.
+    pub w: usize,
+    /// Input channels.
+    pub c_in: usize,
+    /// Output channels.
+    pub c_out: usize,
+    /// Kernel height and width.
+    pub kernel: [usize; 2],
+    /// Stride, vertical and horizontal.
+    pub stride: [usize; 2],
+    /// Zero padding on both sides, vertical and horizontal.
+    pub padding: [usize; 2],
+}
+
+impl ConvGeometry {
+    /// Output height.
+    pub fn oh(&self) -> usize {
+        (self.h + 2 * self.padding[0] - self.kernel[0]) / self.stride[0] + 1
+    }
+
+    /// Output width.
+    pub fn ow(&self) -> usize {
+        (self.w + 2 * self.padding[1] - self.kernel[1]) / self.stride[1] + 1
+    }
+
+    /// Elements of a patch: `kh * kw * c_in`, the inner dimension of the GEMM.
+    pub fn patch(&self) -> usize {
+        self.kernel[0] * self.kernel[1] * self.c_in
+    }
+
+    /// Floating-point operations of one pass (multiply and add counted as two).
+    pub fn flops(&self) -> u64 {
+        2 * (self.n * self.oh() * self.ow() * self.c_out * self.patch()) as u64
+    }
+}

@@ -1,0 +1,4 @@
+//! Pictures for people: charts and grids of images.
+
+pub mod chart;
+pub mod grid;
