@@ -1,3 +1,12 @@
 //! The ops: one file (or folder) each, with shape inference, backward and the CPU implementation.
 
+pub mod batch_norm;
+pub mod cast;
 pub mod conv2d;
+pub mod linear;
+pub mod pool;
+pub mod relu;
+pub mod sgd;
+pub mod similarity;
+pub mod slice_rows;
+pub mod z_std;

@@ -1,5 +1,11 @@
-//! The CPU: matrix products and arena memory.
+//! The CPU: matrix products, arena memory and what an op is handed.
 
+pub mod arena;
+pub mod blocks;
 pub mod gemm;
+pub mod io;
+pub mod scratch;
 
+pub use blocks::{Block, gemm_blocks, par_blocks};
 pub use gemm::{Mat, Real, gemm};
+pub use io::{CpuIo, Input, Output, Tier};

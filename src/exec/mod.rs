@@ -1,0 +1,42 @@
+//! Executors: a planned tape on a device.
+
+pub mod cpu;
+
+pub use cpu::CpuExecutor;
+
+use crate::error::Result;
+use crate::graph::{Plan, Tape, ValueId};
+use crate::tensor::HostTensor;
+
+/// A prepared tape: memory placed, algorithms chosen, ready to replay.
+pub trait Executor: Send {
+    /// Runs every node once.
+    ///
+    /// # Errors
+    /// What a node finds wrong at run time.
+    fn run_step(&mut self) -> Result<()>;
+
+    /// Overwrites a persistent value; `bytes` are row-major and little-endian.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Shape`] when the length is wrong.
+    fn write(&mut self, value: ValueId, bytes: &[u8]) -> Result<()>;
+
+    /// The content of a persistent or kept value.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Internal`] when the value's storage is reused within the step.
+    fn read(&self, value: ValueId) -> Result<HostTensor>;
+
+    /// What is being executed.
+    fn tape(&self) -> &Tape;
+
+    /// Where everything lies.
+    fn plan(&self) -> &Plan;
+
+    /// Runs the nodes one by one and returns the name of the first whose output has a NaN or an infinity.
+    ///
+    /// # Errors
+    /// As [`Executor::run_step`].
+    fn first_non_finite(&mut self) -> Result<Option<String>>;
+}

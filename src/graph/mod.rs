@@ -1,0 +1,14 @@
+//! The graph: ops are recorded on a tape without storage, differentiated by appending ops, and planned into one arena.
+//! Names no concrete op except the two that the graph itself needs ([`builtin`]).
+
+pub mod autodiff;
+pub mod builtin;
+pub mod dump;
+pub mod op;
+pub mod plan;
+pub mod tape;
+
+pub use autodiff::{GradBuilder, backward};
+pub use op::{Cost, Op};
+pub use plan::{Plan, WriteMode};
+pub use tape::{Node, Phase, Role, Tape, Value, ValueId};

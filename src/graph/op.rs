@@ -1,0 +1,91 @@
+//! What the graph asks of an op.
+
+use std::fmt::Debug;
+
+use crate::backend::cpu::CpuIo;
+use crate::error::{Error, Result};
+use crate::graph::GradBuilder;
+use crate::tensor::TensorDesc;
+
+/// Floating-point operations and bytes that one execution moves at least.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Floating-point operations, multiply and add counted as two.
+    pub flops: u64,
+    /// Bytes read and written when every tensor is touched once.
+    pub bytes: u64,
+}
+
+/// One operation. Backward passes are ordinary ops, so an op that exists only to compute a gradient has no `backward`.
+pub trait Op: Debug + Send + Sync {
+    /// Name in dumps and error messages, e.g. `conv2d`.
+    fn name(&self) -> &'static str;
+
+    /// The outputs for `inputs`. Every check of shape and dtype lives here; `cpu` relies on it.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] naming the op and the offending input.
+    fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>>;
+
+    /// Bytes of scratch that `cpu` may use. Must not depend on the number of threads.
+    fn workspace(&self, _inputs: &[&TensorDesc]) -> usize {
+        0
+    }
+
+    /// Whether output 0 is input 0 under another name: no storage, nothing to run.
+    fn is_view(&self) -> bool {
+        false
+    }
+
+    /// Whether every output may be added into an existing tensor (`Output::accumulate`).
+    fn accumulates(&self) -> bool {
+        false
+    }
+
+    /// Whether gradients flow through this op at all.
+    fn differentiable(&self) -> bool {
+        true
+    }
+
+    /// Appends the ops that compute the gradients of this op's inputs.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for ops that have no gradient.
+    fn backward(&self, _g: &mut GradBuilder<'_>) -> Result<()> {
+        Err(Error::Unsupported { what: format!("{} has no gradient", self.name()), hint: None })
+    }
+
+    /// Runs on the CPU.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for element types that the CPU does not compute in.
+    fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()>;
+
+    /// Floating-point operations of one execution; 0 where memory traffic is all that counts.
+    fn flops(&self, _inputs: &[&TensorDesc]) -> u64 {
+        0
+    }
+}
+
+/// Runs `$body` with `$T` bound to the CPU's compute type for `$dtype` (f32 or f64); any other dtype is an error.
+macro_rules! dispatch_real {
+    ($op:expr, $dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            $crate::tensor::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            $crate::tensor::DType::F64 => {
+                type $T = f64;
+                $body
+            }
+            other => {
+                return Err($crate::error::Error::Unsupported {
+                    what: format!("{}: the CPU computes in f32, not in {other}", $op),
+                    hint: Some("use --dtype f32".into()),
+                });
+            }
+        }
+    };
+}
+pub(crate) use dispatch_real;

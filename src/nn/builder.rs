@@ -1,0 +1,171 @@
+//! Records layers and collects their parameters under PyTorch names.
+
+use crate::error::Result;
+use crate::graph::{Role, Tape, ValueId};
+use crate::nn::params::{Init, ParamGroup, ParamInfo};
+use crate::ops::batch_norm::{BatchNorm, BatchNormEval, Fusion, channel_desc};
+use crate::ops::cast::Cast;
+use crate::ops::conv2d::Conv2d;
+use crate::ops::linear::Linear;
+use crate::tensor::{DType, TensorDesc};
+
+/// Constants of every batch norm (recipe).
+const EPS: f64 = 1e-5;
+const MOMENTUM: f64 = 0.1;
+
+/// How batch norm behaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Statistics of the batch, one set per group of rows (view); running statistics are updated.
+    Train {
+        /// Statistics groups.
+        groups: usize,
+    },
+    /// Running statistics.
+    Eval,
+}
+
+/// A batch norm's options.
+#[derive(Debug, Clone, Copy)]
+pub struct Norm {
+    /// Whether it has gamma and beta.
+    pub affine: bool,
+    /// ReLU after it.
+    pub relu: bool,
+    /// Added before the ReLU.
+    pub residual: Option<ValueId>,
+    /// Start value of gamma: 0 for the last one of a residual block.
+    pub gamma: f64,
+}
+
+impl Norm {
+    /// Affine, no ReLU, no residual, gamma 1.
+    pub const PLAIN: Norm = Norm { affine: true, relu: false, residual: None, gamma: 1.0 };
+    /// Affine with ReLU.
+    pub const RELU: Norm = Norm { relu: true, ..Norm::PLAIN };
+}
+
+/// Records layers on a tape.
+#[derive(Debug)]
+pub struct Builder<'t> {
+    /// The tape.
+    pub tape: &'t mut Tape,
+    /// Every parameter and buffer so far, in order of creation.
+    pub params: Vec<ParamInfo>,
+    /// Behaviour of batch norm.
+    pub mode: Mode,
+    /// Learning-rate group of parameters created from now on.
+    pub group: ParamGroup,
+    /// Whether parameters created from now on are trained.
+    pub trainable: bool,
+    dtype: DType,
+}
+
+impl<'t> Builder<'t> {
+    /// Records on `tape` with activations of `dtype`; bf16 keeps float32 master weights.
+    pub fn new(tape: &'t mut Tape, mode: Mode, dtype: DType) -> Builder<'t> {
+        Builder { tape, params: Vec::new(), mode, group: ParamGroup::Encoder, trainable: true, dtype }
+    }
+
+    /// Element type of the activations.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Element type of weights, statistics and gradients of weights.
+    fn master(&self) -> DType {
+        channel_desc(1, self.dtype).dtype
+    }
+
+    /// A convolution without bias; `kernel`, `stride` and `padding` hold in both directions.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn conv(
+        &mut self,
+        name: &str,
+        x: ValueId,
+        c_out: usize,
+        [kernel, stride, padding]: [usize; 3],
+    ) -> Result<ValueId> {
+        let c_in = self.tape.desc(x).shape.channels();
+        let init = Init::kaiming_fan_out([kernel; 2], c_out);
+        let desc = TensorDesc::new([c_out, kernel, kernel, c_in], self.master());
+        let w = self.param(&format!("{name}.weight"), desc, init);
+        let op = Conv2d { stride: [stride; 2], padding: [padding; 2] };
+        self.tape.scoped(name, |tape| {
+            let w = low_precision(tape, w, self.dtype)?;
+            tape.record_one(op, &[x, w])
+        })
+    }
+
+    /// A fully connected layer.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn linear(&mut self, name: &str, x: ValueId, out: usize, bias: bool) -> Result<ValueId> {
+        let fan_in = self.tape.desc(x).shape.channels();
+        let desc = TensorDesc::new([out, fan_in], self.master());
+        let w = self.param(&format!("{name}.weight"), desc, Init::linear(fan_in));
+        let mut bias_input = None;
+        if bias {
+            let desc = TensorDesc::new([out], self.master());
+            bias_input = Some(self.param(&format!("{name}.bias"), desc, Init::linear(fan_in)));
+        }
+        self.tape.scoped(name, |tape| {
+            let w = low_precision(tape, w, self.dtype)?;
+            let inputs: Vec<ValueId> = [x, w].into_iter().chain(bias_input).collect();
+            tape.record_one(Linear, &inputs)
+        })
+    }
+
+    /// Batch norm with what is fused around it.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn batch_norm(&mut self, name: &str, x: ValueId, norm: Norm) -> Result<ValueId> {
+        let channels = self.tape.desc(x).shape.channels();
+        let desc = channel_desc(channels, self.dtype);
+        let mut affine = Vec::new();
+        if norm.affine {
+            affine.push(self.param(&format!("{name}.weight"), desc.clone(), Init::Constant(norm.gamma)));
+            affine.push(self.param(&format!("{name}.bias"), desc.clone(), Init::Constant(0.0)));
+        }
+        let running_mean = self.buffer(&format!("{name}.running_mean"), desc.clone(), 0.0);
+        let running_var = self.buffer(&format!("{name}.running_var"), desc, 1.0);
+        let tracked = self.buffer(&format!("{name}.num_batches_tracked"), TensorDesc::new([], DType::I64), 0.0);
+        let fusion = Fusion { affine: norm.affine, residual: norm.residual.is_some(), relu: norm.relu };
+        let mode = self.mode;
+        self.tape.scoped(name, |tape| match mode {
+            Mode::Train { groups } => {
+                let inputs: Vec<ValueId> = [x].into_iter().chain(affine).chain(norm.residual).collect();
+                let op = BatchNorm { groups, eps: EPS, momentum: MOMENTUM, fusion };
+                Ok(tape.record_updating(op, &inputs, &[running_mean, running_var, tracked])?[0])
+            }
+            Mode::Eval => {
+                let inputs: Vec<ValueId> =
+                    [x, running_mean, running_var].into_iter().chain(affine).chain(norm.residual).collect();
+                tape.record_one(BatchNormEval { eps: EPS, fusion }, &inputs)
+            }
+        })
+    }
+
+    fn param(&mut self, name: &str, desc: TensorDesc, init: Init) -> ValueId {
+        let trainable = self.trainable && matches!(self.mode, Mode::Train { .. });
+        let value = self.tape.leaf(name, desc.clone(), Role::Parameter, trainable);
+        self.params.push(ParamInfo { name: name.into(), value, desc, trainable, group: self.group, init });
+        value
+    }
+
+    fn buffer(&mut self, name: &str, desc: TensorDesc, start: f64) -> ValueId {
+        let value = self.tape.leaf(name, desc.clone(), Role::State, false);
+        let init = Init::Constant(start);
+        self.params.push(ParamInfo { name: name.into(), value, desc, trainable: false, group: self.group, init });
+        value
+    }
+}
+
+/// The copy of a master weight in the activations' type.
+fn low_precision(tape: &mut Tape, w: ValueId, dtype: DType) -> Result<ValueId> {
+    if dtype == DType::Bf16 { tape.record_one(Cast { to: dtype }, &[w]) } else { Ok(w) }
+}

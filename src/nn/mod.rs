@@ -1,0 +1,11 @@
+//! Networks: they record the forward pass on a tape and name every parameter as PyTorch's `state_dict` does. Know no device.
+
+pub mod builder;
+pub mod heads;
+pub mod layout;
+pub mod params;
+pub mod resnet;
+pub mod simsiam;
+
+pub use builder::{Builder, Mode};
+pub use params::{ParamGroup, ParamInfo};

@@ -1,0 +1,179 @@
+//! SimSiam (Chen and He 2021): two views, one encoder, a predictor, a stop-gradient.
+
+use crate::error::{Error, Result};
+use crate::graph::builtin::Constant;
+use crate::graph::{Role, Tape, ValueId, backward};
+use crate::nn::builder::{Builder, Mode};
+use crate::nn::heads::Heads;
+use crate::nn::params::{ParamGroup, ParamInfo};
+use crate::nn::resnet::ResNet;
+use crate::ops::conv2d::gradient_dtype;
+use crate::ops::sgd::{SgdUpdate, StepParam};
+use crate::ops::similarity::{Kind, Similarity};
+use crate::ops::slice_rows::SliceRows;
+use crate::ops::z_std::ZStd;
+use crate::tensor::{DType, TensorDesc};
+
+/// The whole model and the method's switches.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SimSiam {
+    /// The backbone.
+    pub backbone: ResNet,
+    /// Projector and predictor.
+    pub heads: Heads,
+    /// The distance between prediction and target.
+    pub similarity: Kind,
+    /// Whether the target is a constant. Without it the solution collapses.
+    pub stop_gradient: bool,
+    /// Whether both views predict each other, or only view 1 predicts view 2.
+    pub symmetric: bool,
+}
+
+/// A recorded training step.
+#[derive(Debug)]
+pub struct TrainGraph {
+    /// The tape: forward, backward, update.
+    pub tape: Tape,
+    /// Input: both views `[2n][h][w][3]`, view 1 of every image first.
+    pub views: ValueId,
+    /// Input: learning rates and the like, indexed by [`StepParam`].
+    pub step_params: ValueId,
+    /// Scalar loss before the update.
+    pub loss: ValueId,
+    /// Scalar z std (see [`ZStd`]).
+    pub z_std: ValueId,
+    /// z of both views, `[2n][dim]`.
+    pub z: ValueId,
+    /// Parameters and buffers under PyTorch names.
+    pub params: Vec<ParamInfo>,
+    /// Momentum buffers of the trainable parameters: name and value.
+    pub momenta: Vec<(String, ValueId)>,
+    /// Gradients of the trainable parameters, in the same order.
+    pub gradients: Vec<(String, ValueId)>,
+}
+
+/// A recorded forward pass in evaluation mode.
+#[derive(Debug)]
+pub struct FeatureGraph {
+    /// The tape.
+    pub tape: Tape,
+    /// Input: images `[n][h][w][3]`, normalised.
+    pub images: ValueId,
+    /// Output: pooled features `[n][feature_dim]`.
+    pub features: ValueId,
+    /// Parameters and buffers of the backbone under PyTorch names.
+    pub params: Vec<ParamInfo>,
+}
+
+impl SimSiam {
+    /// Checks what a user can get wrong.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn validate(&self) -> Result<()> {
+        self.backbone.validate()?;
+        self.heads.validate()
+    }
+
+    /// Records one training step for `batch` images of `image_size` pixels. With `keep_gradients` the parameters' gradients
+    /// stay readable after the step.
+    ///
+    /// # Errors
+    /// Settings that do not fit together.
+    pub fn train_graph(
+        &self,
+        batch: usize,
+        image_size: usize,
+        dtype: DType,
+        keep_gradients: bool,
+    ) -> Result<TrainGraph> {
+        self.validate()?;
+        if batch < 2 {
+            return Err(Error::config(
+                "--batch",
+                format!("expected at least 2 images (batch norm needs them), got {batch}"),
+            ));
+        }
+        let mut tape = Tape::new();
+        let views = TensorDesc::new([2 * batch, image_size, image_size, 3], dtype);
+        let views = tape.leaf("views", views, Role::Input, false);
+        let step_params = tape.leaf("step_params", StepParam::desc(), Role::Input, false);
+        let mut b = Builder::new(&mut tape, Mode::Train { groups: 2 }, dtype);
+        let (loss, z) = self.record_loss(&mut b, batch, views)?;
+        let params = b.params;
+        let z_std = tape.scoped("z_std", |tape| tape.record_one(ZStd, &[z]))?;
+        for kept in [loss, z, z_std] {
+            tape.keep(kept);
+        }
+        let (momenta, gradients) = record_update(&mut tape, loss, step_params, &params, keep_gradients)?;
+        Ok(TrainGraph { tape, views, step_params, loss, z_std, z, params, momenta, gradients })
+    }
+
+    fn record_loss(&self, b: &mut Builder<'_>, batch: usize, views: ValueId) -> Result<(ValueId, ValueId)> {
+        let features = self.backbone.record(b, "encoder.", views)?;
+        let z = self.heads.projector(b, "encoder.fc.", features)?;
+        b.group = ParamGroup::Predictor;
+        b.trainable = self.heads.predictor == crate::nn::heads::PredictorKind::Mlp;
+        let mut predicted = z;
+        if !self.symmetric {
+            predicted = b.tape.scoped("view1", |tape| tape.record_one(SliceRows { start: 0, len: batch }, &[z]))?;
+            b.mode = Mode::Train { groups: 1 };
+        }
+        let p = self.heads.predictor(b, "predictor.", predicted)?;
+        let target = if self.stop_gradient { b.tape.scoped("target", |tape| tape.stop_gradient(z))? } else { z };
+        let similarity = Similarity { kind: self.similarity, z_shift: batch };
+        let loss = b.tape.scoped("loss", |tape| tape.record_one(similarity, &[p, target]))?;
+        Ok((loss, z))
+    }
+
+    /// Records the backbone in evaluation mode for `batch` images.
+    ///
+    /// # Errors
+    /// Settings that do not fit together.
+    pub fn feature_graph(&self, batch: usize, image_size: usize, dtype: DType) -> Result<FeatureGraph> {
+        self.validate()?;
+        let mut tape = Tape::new();
+        let images = TensorDesc::new([batch, image_size, image_size, 3], dtype);
+        let images = tape.leaf("images", images, Role::Input, false);
+        let mut b = Builder::new(&mut tape, Mode::Eval, dtype);
+        let features = self.backbone.record(&mut b, "encoder.", images)?;
+        let params = b.params;
+        tape.keep(features);
+        Ok(FeatureGraph { tape, images, features, params })
+    }
+}
+
+/// Named values of a graph.
+type Named = Vec<(String, ValueId)>;
+
+/// Appends the backward pass and the optimiser; returns momenta and gradients of the trainable parameters.
+fn record_update(
+    tape: &mut Tape,
+    loss: ValueId,
+    step_params: ValueId,
+    params: &[ParamInfo],
+    keep_gradients: bool,
+) -> Result<(Named, Named)> {
+    let dtype = gradient_dtype(tape.desc(loss).dtype);
+    let seed = tape.scoped("d_loss", |tape| tape.record_one(Constant { value: 1.0, dtype }, &[]))?;
+    let all = backward(tape, &[(loss, seed)])?;
+    let trained: Vec<&ParamInfo> = params.iter().filter(|p| p.trainable && all.contains_key(&p.value)).collect();
+    let gradients: Named = trained.iter().map(|p| (p.name.clone(), all[&p.value])).collect();
+    if keep_gradients {
+        gradients.iter().for_each(|(_, g)| _ = tape.keep(*g));
+    }
+    let momenta: Named = trained
+        .iter()
+        .map(|p| (p.name.clone(), tape.leaf(&format!("momentum/{}", p.name), p.desc.clone(), Role::Optimiser, false)))
+        .collect();
+    let lr = trained.iter().map(|p| match p.group {
+        ParamGroup::Encoder => StepParam::Lr,
+        ParamGroup::Predictor => StepParam::PredictorLr,
+    });
+    let op = SgdUpdate { lr: lr.collect() };
+    let inputs: Vec<ValueId> = [step_params].into_iter().chain(gradients.iter().map(|(_, g)| *g)).collect();
+    let updates: Vec<ValueId> = trained.iter().map(|p| p.value).chain(momenta.iter().map(|(_, v)| *v)).collect();
+    tape.scoped("sgd", |tape| tape.update(op, &inputs, &updates))?;
+    Ok((momenta, gradients))
+}

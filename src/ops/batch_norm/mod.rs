@@ -1,0 +1,196 @@
+//! Batch norm over the innermost dimension (Ioffe and Szegedy 2015), with separate statistics per view, an optional
+//! residual added before an optional ReLU, and the gradient of all of it.
+
+mod cpu;
+
+use crate::backend::cpu::CpuIo;
+use crate::error::{Error, Result};
+use crate::graph::op::dispatch_real;
+use crate::graph::{GradBuilder, Op};
+use crate::ops::conv2d::gradient_dtype;
+use crate::tensor::{DType, TensorDesc};
+
+/// What is fused around the normalisation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fusion {
+    /// Whether there are gamma and beta.
+    pub affine: bool,
+    /// Whether a residual is added: `y = act(bn(x) + residual)`.
+    pub residual: bool,
+    /// Whether the activation is ReLU (else the identity).
+    pub relu: bool,
+}
+
+/// Training-mode batch norm.
+///
+/// Inputs x `[n, ..., c]`, then gamma `[c]` and beta `[c]` if affine, then the residual (like x) if there is one. The
+/// outermost dimension is split into `groups` equal parts (the views), each normalised by its own mean and biased variance.
+/// Outputs y (like x), mean `[groups, c]`, rstd `[groups, c]`.
+/// Updates running_mean `[c]` and running_var `[c]` once per group in order (`r = (1 - momentum) r + momentum s`, with the
+/// unbiased variance), and num_batches_tracked by the number of groups: PyTorch's behaviour for one forward per view.
+#[derive(Debug, Clone, Copy)]
+pub struct BatchNorm {
+    /// Number of statistics groups.
+    pub groups: usize,
+    /// Added to the variance.
+    pub eps: f64,
+    /// PyTorch's momentum: the weight of the new value.
+    pub momentum: f64,
+    /// What is fused.
+    pub fusion: Fusion,
+}
+
+/// Checks x and the optional tensors that start at `inputs[1]`; returns the channel count.
+fn check_inputs(op: &str, inputs: &[&TensorDesc], fusion: Fusion) -> Result<usize> {
+    let x = inputs[0];
+    let channels = x.shape.channels();
+    if x.shape.rank() < 2 {
+        return Err(Error::shape(op, "x", "at least 2 dimensions", &x.shape));
+    }
+    let mut next = 1;
+    if fusion.affine {
+        for (what, desc) in [("gamma", inputs[1]), ("beta", inputs[2])] {
+            let expected = TensorDesc::new([channels], gradient_dtype(x.dtype));
+            if *desc != expected {
+                return Err(Error::shape(op, what, expected, desc));
+            }
+        }
+        next = 3;
+    }
+    if fusion.residual && inputs[next] != x {
+        return Err(Error::shape(op, "residual", x, inputs[next]));
+    }
+    Ok(channels)
+}
+
+impl Op for BatchNorm {
+    fn name(&self) -> &'static str {
+        "batch_norm"
+    }
+
+    fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
+        let channels = check_inputs("batch_norm", inputs, self.fusion)?;
+        let x = inputs[0];
+        let n = x.shape.dims()[0];
+        if n % self.groups != 0 || x.shape.rows() / self.groups < 2 {
+            let expected = format!("a multiple of {} groups with at least 2 values per channel and group", self.groups);
+            return Err(Error::shape("batch_norm", "first dimension of x", expected, &x.shape));
+        }
+        let statistics = TensorDesc::new([self.groups, channels], gradient_dtype(x.dtype));
+        Ok(vec![x.clone(), statistics.clone(), statistics])
+    }
+
+    fn workspace(&self, inputs: &[&TensorDesc]) -> usize {
+        cpu::workspace_bytes(inputs[0].shape.channels(), self.groups)
+    }
+
+    fn backward(&self, g: &mut GradBuilder<'_>) -> Result<()> {
+        let residual = self.fusion.residual && g.needs(g.input_count() - 1);
+        let op = BatchNormBackward { groups: self.groups, fusion: Fusion { residual, ..self.fusion } };
+        let mut inputs = vec![g.d_output(0)?, g.input(0), g.output(1), g.output(2)];
+        let mut targets = vec![Some(0)];
+        if self.fusion.affine {
+            inputs.push(g.input(1));
+            targets.extend([Some(1), Some(2)]);
+        }
+        if self.fusion.relu {
+            inputs.push(g.output(0));
+        }
+        if residual {
+            targets.push(Some(g.input_count() - 1));
+        }
+        g.emit(op, &inputs, &targets)
+    }
+
+    fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
+        dispatch_real!("batch_norm", io.inputs[0].desc.dtype, T => cpu::forward::<T>(self, io));
+        Ok(())
+    }
+}
+
+/// The gradient of [`BatchNorm`].
+///
+/// Inputs d_y, x, mean, rstd, then gamma if affine, then y if ReLU (its sign is the mask). Outputs d_x, then d_gamma and
+/// d_beta if affine, then d_residual (the masked d_y) if `fusion.residual`.
+#[derive(Debug, Clone, Copy)]
+struct BatchNormBackward {
+    groups: usize,
+    fusion: Fusion,
+}
+
+impl Op for BatchNormBackward {
+    fn name(&self) -> &'static str {
+        "batch_norm_backward"
+    }
+
+    fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
+        let (d_y, x) = (inputs[0], inputs[1]);
+        if d_y != x {
+            return Err(Error::shape("batch_norm_backward", "d_y", x, d_y));
+        }
+        let mut outputs = vec![x.clone()];
+        if self.fusion.affine {
+            outputs.extend([inputs[4].clone(), inputs[4].clone()]);
+        }
+        if self.fusion.residual {
+            outputs.push(x.clone());
+        }
+        Ok(outputs)
+    }
+
+    fn workspace(&self, inputs: &[&TensorDesc]) -> usize {
+        cpu::workspace_bytes(inputs[0].shape.channels(), self.groups)
+    }
+
+    fn accumulates(&self) -> bool {
+        true
+    }
+
+    fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
+        dispatch_real!("batch_norm_backward", io.inputs[0].desc.dtype, T => cpu::backward::<T>(self, io));
+        Ok(())
+    }
+}
+
+/// Evaluation-mode batch norm: inputs x, running_mean, running_var, then gamma and beta if affine, then the residual if
+/// there is one; output y.
+#[derive(Debug, Clone, Copy)]
+pub struct BatchNormEval {
+    /// Added to the variance.
+    pub eps: f64,
+    /// What is fused.
+    pub fusion: Fusion,
+}
+
+impl Op for BatchNormEval {
+    fn name(&self) -> &'static str {
+        "batch_norm_eval"
+    }
+
+    fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
+        let without_statistics: Vec<&TensorDesc> =
+            std::iter::once(inputs[0]).chain(inputs[3..].iter().copied()).collect();
+        let channels = check_inputs("batch_norm_eval", &without_statistics, self.fusion)?;
+        let expected = TensorDesc::new([channels], gradient_dtype(inputs[0].dtype));
+        for (what, desc) in [("running_mean", inputs[1]), ("running_var", inputs[2])] {
+            if *desc != expected {
+                return Err(Error::shape("batch_norm_eval", what, &expected, desc));
+            }
+        }
+        Ok(vec![inputs[0].clone()])
+    }
+
+    fn differentiable(&self) -> bool {
+        false
+    }
+
+    fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
+        dispatch_real!("batch_norm_eval", io.inputs[0].desc.dtype, T => cpu::eval::<T>(self, io));
+        Ok(())
+    }
+}
+
+/// Shape and element type of the per-channel tensors of a batch norm over activations of `dtype`.
+pub fn channel_desc(channels: usize, dtype: DType) -> TensorDesc {
+    TensorDesc::new([channels], gradient_dtype(dtype))
+}

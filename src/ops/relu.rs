@@ -1,0 +1,61 @@
+//! ReLU on its own, where no batch norm precedes it (the heads without batch norm).
+
+use crate::backend::cpu::CpuIo;
+use crate::error::{Error, Result};
+use crate::graph::op::dispatch_real;
+use crate::graph::{GradBuilder, Op};
+use crate::tensor::TensorDesc;
+
+/// `y = max(x, 0)`.
+#[derive(Debug, Clone, Copy)]
+pub struct Relu;
+
+impl Op for Relu {
+    fn name(&self) -> &'static str {
+        "relu"
+    }
+
+    fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
+        Ok(vec![inputs[0].clone()])
+    }
+
+    fn backward(&self, g: &mut GradBuilder<'_>) -> Result<()> {
+        let inputs = [g.d_output(0)?, g.output(0)];
+        g.emit(ReluBackward, &inputs, &[Some(0)])
+    }
+
+    fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
+        dispatch_real!("relu", io.inputs[0].desc.dtype, T => {
+            let x = io.inputs[0].get::<T>();
+            io.outputs[0].get::<T>().iter_mut().zip(x).for_each(|(y, &x)| *y = if x > 0.0 { x } else { 0.0 });
+        });
+        Ok(())
+    }
+}
+
+/// `d_x = d_y` where y > 0, else 0.
+#[derive(Debug, Clone, Copy)]
+struct ReluBackward;
+
+impl Op for ReluBackward {
+    fn name(&self) -> &'static str {
+        "relu_backward"
+    }
+
+    fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
+        if inputs[0] != inputs[1] {
+            return Err(Error::shape("relu_backward", "d_y", inputs[1], inputs[0]));
+        }
+        Ok(vec![inputs[0].clone()])
+    }
+
+    fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
+        dispatch_real!("relu_backward", io.inputs[0].desc.dtype, T => {
+            let (d_y, y) = (io.inputs[0].get::<T>(), io.inputs[1].get::<T>());
+            for ((d_x, d_y), y) in io.outputs[0].get::<T>().iter_mut().zip(d_y).zip(y) {
+                *d_x = if *y > 0.0 { *d_y } else { 0.0 };
+            }
+        });
+        Ok(())
+    }
+}

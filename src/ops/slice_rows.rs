@@ -1,0 +1,92 @@
+//! A range of the outermost dimension: view 1 alone, for the asymmetric loss.
+
+use crate::backend::cpu::CpuIo;
+use crate::error::{Error, Result};
+use crate::graph::op::dispatch_real;
+use crate::graph::{GradBuilder, Op};
+use crate::tensor::TensorDesc;
+
+/// `y = x[start .. start + len]` along the outermost dimension.
+#[derive(Debug, Clone, Copy)]
+pub struct SliceRows {
+    /// First row.
+    pub start: usize,
+    /// Number of rows.
+    pub len: usize,
+}
+
+fn with_rows(desc: &TensorDesc, rows: usize) -> TensorDesc {
+    let mut dims = desc.shape.dims().to_vec();
+    dims[0] = rows;
+    TensorDesc::new(&dims[..], desc.dtype)
+}
+
+fn row_elements(desc: &TensorDesc) -> usize {
+    desc.shape.dims()[1..].iter().product()
+}
+
+impl Op for SliceRows {
+    fn name(&self) -> &'static str {
+        "slice_rows"
+    }
+
+    fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
+        let rows = inputs[0].shape.dims().first().copied().unwrap_or(0);
+        if self.start + self.len > rows {
+            let expected = format!("at least {} rows", self.start + self.len);
+            return Err(Error::shape("slice_rows", "x", expected, inputs[0]));
+        }
+        Ok(vec![with_rows(inputs[0], self.len)])
+    }
+
+    fn backward(&self, g: &mut GradBuilder<'_>) -> Result<()> {
+        let rows = g.tape().desc(g.input(0)).shape.dims()[0];
+        let d_y = g.d_output(0)?;
+        g.emit(SliceRowsBackward { start: self.start, rows }, &[d_y], &[Some(0)])
+    }
+
+    fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
+        let first = self.start * row_elements(io.inputs[0].desc);
+        dispatch_real!("slice_rows", io.inputs[0].desc.dtype, T => {
+            let x = io.inputs[0].get::<T>();
+            let y = io.outputs[0].get::<T>();
+            y.copy_from_slice(&x[first..first + y.len()]);
+        });
+        Ok(())
+    }
+}
+
+/// d_x of [`SliceRows`]: d_y in its place, zero elsewhere.
+#[derive(Debug, Clone, Copy)]
+struct SliceRowsBackward {
+    start: usize,
+    rows: usize,
+}
+
+impl Op for SliceRowsBackward {
+    fn name(&self) -> &'static str {
+        "slice_rows_backward"
+    }
+
+    fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
+        Ok(vec![with_rows(inputs[0], self.rows)])
+    }
+
+    fn accumulates(&self) -> bool {
+        true
+    }
+
+    fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
+        let first = self.start * row_elements(io.inputs[0].desc);
+        dispatch_real!("slice_rows_backward", io.inputs[0].desc.dtype, T => {
+            let d_y = io.inputs[0].get::<T>();
+            let accumulate = io.outputs[0].accumulate;
+            let d_x = io.outputs[0].get::<T>();
+            if !accumulate {
+                d_x.fill(0.0);
+            }
+            d_x[first..].iter_mut().zip(d_y).for_each(|(d_x, d_y)| *d_x += d_y);
+        });
+        Ok(())
+    }
+}
