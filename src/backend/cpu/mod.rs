@@ -1,5 +1,8 @@
 //! The CPU: matrix products and arena memory.
 
+pub mod blocks;
 pub mod gemm;
+pub mod scratch;
 
+pub use blocks::{Block, gemm_blocks, par_blocks};
 pub use gemm::{Mat, Real, gemm};

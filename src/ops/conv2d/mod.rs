@@ -1,5 +1,6 @@
 //! 2-D convolution.
 
 pub mod direct;
+mod gather;
 pub mod geometry;
 pub mod reference;
