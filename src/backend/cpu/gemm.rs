@@ -6,6 +6,8 @@ use std::iter::Sum;
 
 use bytemuck::Pod;
 
+use super::blocks::Block;
+
 /// Element types the CPU backend computes in: f32 for training, f64 for gradient checks.
 pub trait Real:
     Pod
@@ -93,11 +95,40 @@ impl<S> Mat<S> {
         }
     }
 
-    fn span(&self) -> usize {
+    /// Elements from the first to the last, both included.
+    pub(crate) fn span(&self) -> usize {
         if self.rows == 0 || self.cols == 0 {
             return 0;
         }
         (self.rows - 1) * self.row_stride + (self.cols - 1) * self.col_stride + 1
+    }
+
+    /// Whether no element lies at the place of another, judged by strides alone: one axis steps over the other's extent.
+    pub(crate) fn has_distinct_elements(&self) -> bool {
+        let steps_over = |stride: usize, inner: usize, inner_stride: usize| stride > (inner - 1) * inner_stride;
+        match (self.rows, self.cols) {
+            (0, _) | (_, 0) | (1, 1) => true,
+            (1, _) => self.col_stride > 0,
+            (_, 1) => self.row_stride > 0,
+            (rows, cols) => {
+                self.row_stride > 0
+                    && self.col_stride > 0
+                    && (steps_over(self.row_stride, cols, self.col_stride)
+                        || steps_over(self.col_stride, rows, self.row_stride))
+            }
+        }
+    }
+}
+
+impl<'a, T> Mat<&'a [T]> {
+    /// The `rows` x `cols` part whose first element is at (`row`, `col`).
+    ///
+    /// # Panics
+    /// If the part does not lie inside the matrix.
+    pub fn sub(self, row: usize, col: usize, rows: usize, cols: usize) -> Mat<&'a [T]> {
+        assert!(row + rows <= self.rows && col + cols <= self.cols, "sub: part lies outside");
+        let start = if rows * cols == 0 { 0 } else { row * self.row_stride + col * self.col_stride };
+        Mat { data: &self.data[start..], rows, cols, ..self }
     }
 }
 
@@ -106,19 +137,31 @@ impl<S> Mat<S> {
 /// # Panics
 /// If the dimensions do not fit together or a slice is shorter than its matrix: callers have checked both in `infer`.
 pub fn gemm<T: Real>(c: Mat<&mut [T]>, a: Mat<&[T]>, b: Mat<&[T]>, accumulate: bool) {
-    assert!(a.rows == c.rows && b.cols == c.cols && a.cols == b.rows, "gemm: dimensions do not fit");
-    assert!(a.span() <= a.data.len() && b.span() <= b.data.len() && c.span() <= c.data.len(), "gemm: slice too short");
-    assert!(c.rows <= 1 || c.cols <= 1 || (c.row_stride != 0 && c.col_stride != 0), "gemm: result overlaps itself");
-    // SAFETY: the spans asserted above bound every element that the strides reach; `c` is borrowed mutably, so it overlaps
-    // neither `a` nor `b`; T is f32 or f64, which `gemm` supports.
+    Block::whole(c).gemm(a, b, accumulate);
+}
+
+/// The product behind [`Block::gemm`].
+///
+/// # Safety
+/// `a` and `b` must lie inside their slices and fit together; `c` must point to a matrix of `a.rows` x `b.cols` elements with
+/// these strides that are valid, distinct and overlap neither `a` nor `b`.
+pub(super) unsafe fn gemm_raw<T: Real>(
+    c: *mut T,
+    row_stride: usize,
+    col_stride: usize,
+    a: Mat<&[T]>,
+    b: Mat<&[T]>,
+    accumulate: bool,
+) {
+    // SAFETY: the caller's promises are those that `gemm` asks for; T is f32 or f64, which `gemm` supports.
     unsafe {
         gemm::gemm(
-            c.rows,
-            c.cols,
+            a.rows,
+            b.cols,
             a.cols,
-            c.data.as_mut_ptr(),
-            c.col_stride as isize,
-            c.row_stride as isize,
+            c,
+            col_stride as isize,
+            row_stride as isize,
             accumulate,
             a.data.as_ptr(),
             a.col_stride as isize,

@@ -1,1 +1,358 @@
-//! direct
+//! Implicit GEMM: patches are gathered into tiles that stay in the L2 cache and multiplied there. No matrix of all patches
+//! is ever made. Blocks and the order of sums depend on the geometry alone, so results are bit-identical for any number of
+//! threads.
+
+use rayon::prelude::*;
+
+use super::gather::{Gather, Run, dgrad_kernel_tap};
+use super::geometry::ConvGeometry;
+use crate::backend::cpu::scratch::with_scratch;
+use crate::backend::cpu::{Block, Mat, Real, par_blocks};
+
+/// Longest chain of sums in working precision; longer inner dimensions are cut into such chunks, whose results are added in
+/// order. One chain of 4608 products would lose a digit.
+const MAX_CHAIN: usize = 384;
+
+/// Grid pixels of a task.
+const TASK_PIXELS: usize = 140;
+
+/// y = x * w.
+///
+/// # Panics
+/// If a slice does not have the length that the geometry gives it.
+pub fn forward<T: Real>(g: &ConvGeometry, x: &[T], w: &[T], y: &mut [T]) {
+    g.check_lengths(x.len(), w.len(), y.len());
+    let gather = Gather::forward(g);
+    let weights = Mat::row_major(w, g.c_out, g.patch()).t();
+    let y = Mat::row_major(y, g.n * g.oh() * g.ow(), g.c_out);
+    par_blocks(y, [TASK_PIXELS, g.c_out], |mut y, pixel, _| {
+        let runs = gather.runs(pixel..pixel + y.rows());
+        multiply_patches(&gather, x, runs, weights, &mut y, false);
+    });
+}
+
+/// Gradient of the input, written over `d_x` or added to it.
+///
+/// # Panics
+/// If a slice does not have the length that the geometry gives it.
+pub fn dgrad<T: Real>(g: &ConvGeometry, d_y: &[T], w: &[T], d_x: &mut [T], accumulate: bool) {
+    g.check_lengths(d_x.len(), w.len(), d_y.len());
+    with_scratch(w.len(), |weights| {
+        transpose_weights(g, w, weights);
+        if g.stride == [1, 1] {
+            dgrad_dense(g, d_y, weights, d_x, accumulate);
+        } else {
+            dgrad_strided(g, d_y, weights, d_x, accumulate);
+        }
+    });
+}
+
+/// Elements of workspace that [`wgrad`] needs.
+pub fn wgrad_workspace(g: &ConvGeometry) -> usize {
+    match wgrad_splits(g) {
+        1 => 0,
+        splits => splits * g.w_len(),
+    }
+}
+
+/// Gradient of the weights, written over `d_w` or added to it.
+///
+/// # Panics
+/// If a slice does not have the length that the geometry gives it or the workspace is shorter than [`wgrad_workspace`].
+pub fn wgrad<T: Real>(g: &ConvGeometry, x: &[T], d_y: &[T], d_w: &mut [T], accumulate: bool, workspace: &mut [T]) {
+    g.check_lengths(x.len(), d_w.len(), d_y.len());
+    let splits = wgrad_splits(g);
+    if splits == 1 {
+        return wgrad_partials(g, x, d_y, d_w, 1, accumulate);
+    }
+    let partials = &mut workspace[..splits * g.w_len()];
+    wgrad_partials(g, x, d_y, partials, splits, false);
+    let partials = &*partials;
+    d_w.par_chunks_mut(1 << 12).enumerate().for_each(|(chunk, d_w)| {
+        for (i, d_w) in d_w.iter_mut().enumerate() {
+            let at = |split: usize| partials[split * g.w_len() + (chunk << 12) + i].to_f64();
+            let sum: f64 = (0..splits).map(at).sum();
+            *d_w = T::of(if accumulate { d_w.to_f64() + sum } else { sum });
+        }
+    });
+}
+
+/// Patches of `runs` times `weights` into `to`.
+fn multiply_patches<T: Real>(
+    gather: &Gather,
+    source: &[T],
+    runs: impl Iterator<Item = Run> + Clone,
+    weights: Mat<&[T]>,
+    to: &mut Block<'_, T>,
+    accumulate: bool,
+) {
+    let inner = weights.rows;
+    let chunk = even_part(inner, MAX_CHAIN);
+    with_scratch(to.rows() * chunk, |tile| {
+        let mut start = 0;
+        loop {
+            let len = chunk.min(inner - start);
+            gather.pack(source, runs.clone(), start..start + len, tile, chunk);
+            let patches = Mat::strided(&*tile, to.rows(), len, chunk);
+            to.gemm(patches, weights.sub(start, 0, len, weights.cols), accumulate || start > 0);
+            start += len;
+            if start == inner {
+                break;
+            }
+        }
+    });
+}
+
+/// Size of the parts when `total` is cut into equal ones of at most `limit`; at least 1.
+fn even_part(total: usize, limit: usize) -> usize {
+    total.div_ceil(total.div_ceil(limit).max(1)).max(1)
+}
+
+/// All phases of the stride, in the order in which their weights are stored.
+fn phases(g: &ConvGeometry) -> impl Iterator<Item = [usize; 2]> {
+    let [down, across] = g.stride;
+    (0..down * across).map(move |i| [i / across, i % across])
+}
+
+/// Weights for the input gradient: for each phase a matrix `[taps y][taps x][c_out]` x `[c_in]`. A tap belongs to exactly one
+/// phase, so together they are as long as the weights.
+fn transpose_weights<T: Real>(g: &ConvGeometry, w: &[T], mut to: &mut [T]) {
+    for phase in phases(g) {
+        let gather = Gather::dgrad(g, phase);
+        let (matrix, rest) = to.split_at_mut(gather.patch() * g.c_in);
+        matrix.par_chunks_mut(g.c_in).enumerate().for_each(|(row, to)| {
+            let (co, tap) = (row % g.c_out, row / g.c_out);
+            let ky = dgrad_kernel_tap(g, 0, phase[0], tap / gather.axes[1].taps);
+            let kx = dgrad_kernel_tap(g, 1, phase[1], tap % gather.axes[1].taps);
+            let start = ((co * g.kernel[0] + ky) * g.kernel[1] + kx) * g.c_in;
+            to.copy_from_slice(&w[start..start + g.c_in]);
+        });
+        to = rest;
+    }
+}
+
+fn dgrad_dense<T: Real>(g: &ConvGeometry, d_y: &[T], weights: &[T], d_x: &mut [T], accumulate: bool) {
+    let gather = Gather::dgrad(g, [0, 0]);
+    let weights = Mat::row_major(weights, gather.patch(), g.c_in);
+    let d_x = Mat::row_major(d_x, g.n * g.h * g.w, g.c_in);
+    par_blocks(d_x, [TASK_PIXELS, g.c_in], |mut d_x, pixel, _| {
+        let runs = gather.runs(pixel..pixel + d_x.rows());
+        multiply_patches(&gather, d_y, runs, weights, &mut d_x, accumulate);
+    });
+}
+
+/// A task is a band of lines of `d_x`; each phase of the stride is a product of its own, then scattered into the band.
+fn dgrad_strided<T: Real>(g: &ConvGeometry, d_y: &[T], weights: &[T], d_x: &mut [T], accumulate: bool) {
+    let band = (TASK_PIXELS * g.stride[0] * g.stride[1]).div_ceil(g.w);
+    let line = g.w * g.c_in;
+    d_x.par_chunks_mut(band * line).enumerate().for_each(|(i, d_x)| {
+        let lines = i * band..i * band + d_x.len() / line;
+        let mut weights = weights;
+        for phase in phases(g) {
+            let gather = Gather::dgrad(g, phase);
+            let (matrix, rest) = weights.split_at(gather.patch() * g.c_in);
+            weights = rest;
+            let width = gather.axes[1].grid;
+            let of_phase = lines.clone().filter(|l| l % g.h % g.stride[0] == phase[0]);
+            let pixels = of_phase.clone().count() * width;
+            if pixels == 0 || (matrix.is_empty() && accumulate) {
+                continue;
+            }
+            let runs = of_phase.clone().map(|l| Run {
+                row: l / g.h * gather.axes[0].grid + l % g.h / g.stride[0],
+                x: 0,
+                count: width,
+            });
+            with_scratch(pixels * g.c_in, |product| {
+                let mut to = Block::whole(Mat::row_major(&mut *product, pixels, g.c_in));
+                let matrix = Mat::row_major(matrix, gather.patch(), g.c_in);
+                multiply_patches(&gather, d_y, runs, matrix, &mut to, false);
+                let targets = of_phase.flat_map(|l| {
+                    (0..width).map(move |x| ((l - lines.start) * g.w + x * g.stride[1] + phase[1]) * g.c_in)
+                });
+                for (from, start) in product.chunks_exact(g.c_in).zip(targets) {
+                    let to = &mut d_x[start..start + g.c_in];
+                    if accumulate {
+                        to.iter_mut().zip(from).for_each(|(to, from)| *to += *from);
+                    } else {
+                        to.copy_from_slice(from);
+                    }
+                }
+            });
+        }
+    });
+}
+
+/// Columns of the weight matrix, and pixels, that a step of the weight gradient takes.
+const WGRAD_COLUMNS: usize = 288;
+const WGRAD_PIXELS: usize = 256;
+
+/// Into how many sums over parts of the pixels the weight gradient is cut, so that small weights make enough tasks too.
+fn wgrad_splits(g: &ConvGeometry) -> usize {
+    const ENOUGH_TASKS: usize = 16;
+    const MAX_ELEMENTS: usize = 1 << 22;
+    let tasks = g.patch().div_ceil(even_part(g.patch(), WGRAD_COLUMNS));
+    let chunks = (g.n * g.oh() * g.ow()).div_ceil(WGRAD_PIXELS);
+    ENOUGH_TASKS.div_ceil(tasks).min(chunks).min(MAX_ELEMENTS / g.w_len()).max(1)
+}
+
+/// `splits` weight gradients, each over its part of the pixels, one after the other in `to`.
+fn wgrad_partials<T: Real>(g: &ConvGeometry, x: &[T], d_y: &[T], to: &mut [T], splits: usize, accumulate: bool) {
+    let gather = Gather::forward(g);
+    let pixels = g.n * g.oh() * g.ow();
+    let part = pixels.div_ceil(splits);
+    let columns = even_part(g.patch(), WGRAD_COLUMNS);
+    let to = Mat::row_major(to, splits * g.c_out, g.patch());
+    par_blocks(to, [g.c_out, columns], |mut to, row, column| {
+        let split = row / g.c_out;
+        let width = to.cols();
+        let pixels = (part * split).min(pixels)..(part * (split + 1)).min(pixels);
+        with_scratch(WGRAD_PIXELS * width, |tile| {
+            let mut start = pixels.start;
+            loop {
+                let end = (start + WGRAD_PIXELS).min(pixels.end);
+                gather.pack(x, gather.runs(start..end), column..column + width, tile, width);
+                let d_y = Mat::row_major(&d_y[start * g.c_out..end * g.c_out], end - start, g.c_out).t();
+                let patches = Mat::row_major(&*tile, end - start, width);
+                to.gemm(d_y, patches, accumulate || start > pixels.start);
+                start = end;
+                if start == pixels.end {
+                    break;
+                }
+            }
+        });
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::reference;
+    use super::*;
+    use crate::rng::Stream;
+
+    fn geometry(n: usize, hw: [usize; 2], c: [usize; 2], k: [usize; 2], s: [usize; 2], p: [usize; 2]) -> ConvGeometry {
+        ConvGeometry { n, h: hw[0], w: hw[1], c_in: c[0], c_out: c[1], kernel: k, stride: s, padding: p }
+    }
+
+    fn awkward() -> Vec<ConvGeometry> {
+        vec![
+            geometry(2, [9, 7], [3, 17], [3, 3], [1, 1], [1, 1]),
+            geometry(3, [8, 11], [64, 33], [3, 3], [1, 1], [1, 1]),
+            geometry(2, [9, 8], [5, 7], [3, 3], [2, 2], [1, 1]),
+            geometry(2, [12, 12], [7, 64], [3, 3], [2, 2], [1, 1]),
+            geometry(1, [23, 30], [3, 9], [7, 7], [2, 2], [3, 3]),
+            geometry(1, [6, 5], [64, 31], [1, 1], [1, 1], [0, 0]),
+            geometry(4, [7, 7], [31, 65], [1, 1], [2, 2], [0, 0]),
+            geometry(2, [11, 13], [5, 3], [5, 3], [3, 2], [1, 2]),
+            geometry(2, [5, 4], [1, 1], [2, 4], [1, 3], [3, 5]),
+            geometry(1, [3, 3], [7, 5], [3, 3], [4, 4], [2, 2]),
+            geometry(1, [1, 1], [3, 2], [1, 1], [1, 1], [0, 0]),
+            geometry(3, [5, 6], [130, 47], [3, 3], [1, 1], [1, 1]),
+            geometry(1, [4, 4], [512, 40], [3, 3], [1, 1], [1, 1]),
+            geometry(5, [16, 14], [9, 96], [3, 3], [1, 2], [0, 1]),
+        ]
+    }
+
+    fn noise<T: Real>(len: usize, index: u64) -> Vec<T> {
+        let mut stream = Stream::new(42, 0, index);
+        (0..len).map(|_| T::of(stream.uniform(-1.0, 1.0))).collect()
+    }
+
+    /// Input, weights and output gradient.
+    fn tensors<T: Real>(g: &ConvGeometry) -> [Vec<T>; 3] {
+        [noise(g.x_len(), 1), noise(g.w_len(), 2), noise(g.y_len(), 3)]
+    }
+
+    fn widened<T: Real>(values: &[T]) -> Vec<f64> {
+        values.iter().map(|v| v.to_f64()).collect()
+    }
+
+    fn magnitudes<T: Real>(values: &[T]) -> Vec<f64> {
+        values.iter().map(|v| v.to_f64().abs()).collect()
+    }
+
+    /// y, d_x and d_w of one tier. Outputs hold `before` first, or NaN where they are to be overwritten.
+    struct Passes<T> {
+        y: Vec<T>,
+        d_x: Vec<T>,
+        d_w: Vec<T>,
+    }
+
+    fn before<T: Real>(len: usize, accumulate: bool) -> Vec<T> {
+        if accumulate { noise(len, 4) } else { vec![T::of(f64::NAN); len] }
+    }
+
+    fn direct<T: Real>(g: &ConvGeometry, [x, w, d_y]: &[Vec<T>; 3], accumulate: bool) -> Passes<T> {
+        let mut y = before(g.y_len(), false);
+        let (mut d_x, mut d_w) = (before(g.x_len(), accumulate), before(g.w_len(), accumulate));
+        let mut workspace = before(wgrad_workspace(g), false);
+        forward(g, x, w, &mut y);
+        dgrad(g, d_y, w, &mut d_x, accumulate);
+        wgrad(g, x, d_y, &mut d_w, accumulate, &mut workspace);
+        Passes { y, d_x, d_w }
+    }
+
+    fn oracle(g: &ConvGeometry, [x, w, d_y]: &[Vec<f64>; 3], [mut d_x, mut d_w]: [Vec<f64>; 2]) -> Passes<f64> {
+        let mut y = vec![0.0; g.y_len()];
+        reference::forward(g, x, w, &mut y);
+        reference::dgrad(g, d_y, w, &mut d_x, true);
+        reference::wgrad(g, x, d_y, &mut d_w, true, &mut []);
+        Passes { y, d_x, d_w }
+    }
+
+    /// Every element within `tolerance` of the oracle, relative to the sum of the magnitudes of its terms.
+    fn check<T: Real>(g: &ConvGeometry, tolerance: f64, accumulate: bool) {
+        let inputs = tensors::<T>(g);
+        let got = direct(g, &inputs, accumulate);
+        let old = |len| if accumulate { widened(&before::<T>(len, true)) } else { vec![0.0; len] };
+        let want = oracle(g, &inputs.each_ref().map(|v| widened(v)), [old(g.x_len()), old(g.w_len())]);
+        let scale = oracle(
+            g,
+            &inputs.each_ref().map(|v| magnitudes(v)),
+            [old(g.x_len()), old(g.w_len())].map(|v| magnitudes(&v)),
+        );
+        let results = [
+            ("y", got.y, want.y, scale.y),
+            ("d_x", got.d_x, want.d_x, scale.d_x),
+            ("d_w", got.d_w, want.d_w, scale.d_w),
+        ];
+        for (name, got, want, scale) in results {
+            for (i, got) in got.iter().enumerate() {
+                let error = (got.to_f64() - want[i]).abs();
+                assert!(error <= tolerance * scale[i], "{g:?} {name}[{i}]: {got} against {}", want[i]);
+            }
+        }
+    }
+
+    #[test]
+    fn agrees_with_the_reference_in_f64() {
+        for g in awkward() {
+            check::<f64>(&g, 1e-14, false);
+            check::<f64>(&g, 1e-14, true);
+        }
+    }
+
+    #[test]
+    fn agrees_with_the_reference_in_f32() {
+        for g in awkward() {
+            check::<f32>(&g, 1e-6, false);
+            check::<f32>(&g, 1e-6, true);
+        }
+    }
+
+    #[test]
+    fn results_do_not_depend_on_the_number_of_threads() {
+        for g in awkward() {
+            let inputs = tensors::<f32>(&g);
+            let run = |threads: usize| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let passes = pool.install(|| direct(&g, &inputs, false));
+                [passes.y, passes.d_x, passes.d_w].map(|v| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>())
+            };
+            let one = run(1);
+            for threads in 2..=4 {
+                assert_eq!(one, run(threads), "{g:?}, {threads} threads");
+            }
+        }
+    }
+}

@@ -41,4 +41,24 @@ impl ConvGeometry {
     pub fn flops(&self) -> u64 {
         2 * (self.n * self.oh() * self.ow() * self.c_out * self.patch()) as u64
     }
+
+    /// Elements of the input.
+    pub fn x_len(&self) -> usize {
+        self.n * self.h * self.w * self.c_in
+    }
+
+    /// Elements of the weights.
+    pub fn w_len(&self) -> usize {
+        self.c_out * self.patch()
+    }
+
+    /// Elements of the output.
+    pub fn y_len(&self) -> usize {
+        self.n * self.oh() * self.ow() * self.c_out
+    }
+
+    /// Panics unless slices for input, weights and output have these lengths.
+    pub(super) fn check_lengths(&self, x: usize, w: usize, y: usize) {
+        assert_eq!((x, w, y), (self.x_len(), self.w_len(), self.y_len()), "convolution: lengths of x, w and y");
+    }
 }
