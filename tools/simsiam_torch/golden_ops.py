@@ -1,0 +1,479 @@
+"""The op table's goldens: every op and every gradient of it, alone, by PyTorch in float64.
+
+One safetensors file, metadata `kind=simsiam-ops` and `cases`, a JSON object {case: {"op": name, attributes...}}. Tensors, all F64:
+
+    <case>/in/<name>     inputs; every value is exactly a float32, so all precisions start from the same numbers
+    <case>/out/<name>    outputs
+    <case>/d_out/<name>  gradients that arrive at the outputs (random, exactly float32)
+    <case>/d_in/<name>   gradients of the inputs
+
+Layouts are the engine's: activations NHWC, convolution weights [c_out][kh][kw][c_in], linear weights [out][in].
+
+Besides the attributes each case has
+    smooth      false where finite differences do not apply (ties, norms below eps)
+    err32       {"out/y": e, "d_in/x": e, ...}: largest absolute error of PyTorch's own float32 run
+    err16       the same for bfloat16: activations, weights and arriving gradients rounded to bfloat16; statistics, batch norm's
+                parameters and losses in float32 (only for ops that run in bfloat16)
+"""
+
+import json
+import zlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from . import tensor_file
+
+# Kept in float32 when everything else is rounded to bfloat16.
+_FLOAT32_NAMES = {"gamma", "beta", "running_mean", "running_var", "loss"}
+# How far from zero everything that enters a ReLU or a maximum stays, so that no rounding changes which side it is on.
+_MARGIN = 2e-4
+
+
+class Draw:
+    """Random inputs of one case: seeded by its name, exactly representable in float32."""
+
+    def __init__(self, case, attempt=0):
+        self.generator = np.random.default_rng([zlib.crc32(case.encode()), attempt])
+
+    def normal(self, *shape, mean=0.0, std=1.0):
+        return self._widen(self.generator.standard_normal(shape) * std + mean)
+
+    def uniform(self, low, high, *shape):
+        return self._widen(self.generator.uniform(low, high, shape))
+
+    def integers(self, low, high, *shape):
+        return self._widen(self.generator.integers(low, high, shape))
+
+    @staticmethod
+    def _widen(values):
+        return torch.from_numpy(np.asarray(values, np.float32).astype(np.float64))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The ops: function(inputs, attributes) -> outputs. They run in whatever precision the inputs have.
+
+
+def nchw(x):
+    return x.permute(0, 3, 1, 2)
+
+
+def nhwc(x):
+    return x.permute(0, 2, 3, 1)
+
+
+def conv2d(i, a):
+    return {"y": nhwc(F.conv2d(nchw(i["x"]), nchw(i["w"]), stride=a["stride"], padding=a["padding"]))}
+
+
+def _after_norm(y, i, a):
+    """The residual add and ReLU that batch norm can carry."""
+    if a["residual"]:
+        y = y + i["residual"]
+    return F.relu(y) if a["relu"] else y
+
+
+def _normalise(x, i, a, running_mean, running_var, training):
+    """F.batch_norm over the last dimension."""
+    rows = x.reshape(-1, x.shape[-1])
+    gamma, beta = (i["gamma"], i["beta"]) if a["affine"] else (None, None)
+    y = F.batch_norm(rows, running_mean, running_var, gamma, beta, training, a.get("momentum", 0.0), a["eps"])
+    return y.reshape(x.shape)
+
+
+def batch_norm(i, a):
+    running_mean, running_var = i["running_mean"].detach().clone(), i["running_var"].detach().clone()
+    parts, means, rstds = [], [], []
+    for x in i["x"].chunk(a["groups"]):
+        parts.append(_normalise(x, i, a, running_mean, running_var, training=True))
+        rows = x.detach().reshape(-1, x.shape[-1]).to(running_mean.dtype)
+        means.append(rows.mean(0))
+        rstds.append((rows.var(0, unbiased=False) + a["eps"]).rsqrt())
+    return {
+        "y": _after_norm(torch.cat(parts), i, a),
+        "mean": torch.stack(means),
+        "rstd": torch.stack(rstds),
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }
+
+
+def batch_norm_eval(i, a):
+    return {"y": _after_norm(_normalise(i["x"], i, a, i["running_mean"], i["running_var"], training=False), i, a)}
+
+
+def relu(i, a):
+    return {"y": F.relu(i["x"])}
+
+
+def max_pool(i, a):
+    return {"y": nhwc(F.max_pool2d(nchw(i["x"]), a["kernel"], a["stride"], a["padding"]))}
+
+
+def global_avg_pool(i, a):
+    return {"y": i["x"].mean((1, 2))}
+
+
+def linear(i, a):
+    return {"y": F.linear(i["x"], i["w"], i["b"] if a["bias"] else None)}
+
+
+def _targets(i, a):
+    """z_{(i + z_shift) mod R} for every row i of p, and p; losses are taken in float32 at least."""
+    p, z = i["p"], i["z"]
+    if p.dtype == torch.bfloat16:
+        p, z = p.float(), z.float()
+    rows = (torch.arange(len(p)) + a["z_shift"]) % len(z)
+    return p, z[rows]
+
+
+def negative_cosine(i, a):
+    p, z = _targets(i, a)
+    return {"loss": -F.cosine_similarity(p, z, dim=1).mean()}
+
+
+def softmax_xent(i, a):
+    p, z = _targets(i, a)
+    return {"loss": -(F.softmax(z, 1) * F.log_softmax(p, 1)).sum(1).mean()}
+
+
+def z_std(i, a):
+    z = i["z"].float() if i["z"].dtype == torch.bfloat16 else i["z"]
+    return {"z_std": F.normalize(z, dim=1).std(0).mean()}
+
+
+def sgd(i, a):
+    w = torch.nn.Parameter(i["w"].detach().clone())
+    w.grad = i["g"].detach().clone()
+    optimiser = torch.optim.SGD([w], a["lr"], a["momentum"], weight_decay=a["weight_decay"])
+    optimiser.state[w]["momentum_buffer"] = i["v"].detach().clone()
+    optimiser.step()
+    return {"w": w.detach(), "v": optimiser.state[w]["momentum_buffer"]}
+
+
+def slice_rows(i, a):
+    return {"y": i["x"][a["start"] : a["start"] + a["len"]]}
+
+
+def add(i, a):
+    return {"y": i["a"] + i["b"]}
+
+
+# op -> (function, the output that has a gradient, the inputs that have one)
+OPS = {
+    "conv2d": (conv2d, "y", ("x", "w")),
+    "batch_norm": (batch_norm, "y", ("x", "gamma", "beta", "residual")),
+    "batch_norm_eval": (batch_norm_eval, None, ()),
+    "relu": (relu, "y", ("x",)),
+    "max_pool": (max_pool, "y", ("x",)),
+    "global_avg_pool": (global_avg_pool, "y", ("x",)),
+    "linear": (linear, "y", ("x", "w", "b")),
+    "negative_cosine": (negative_cosine, "loss", ("p", "z")),
+    "softmax_xent": (softmax_xent, "loss", ("p", "z")),
+    "z_std": (z_std, None, ()),
+    "sgd": (sgd, None, ()),
+    "slice_rows": (slice_rows, "y", ("x",)),
+    "add": (add, "y", ("a", "b")),
+}
+_NO_BFLOAT16 = {"sgd"}
+
+
+def run(op, attributes, inputs, d_out, dtype=torch.float64):
+    """Outputs and input gradients of an op in `dtype`, both in float64."""
+    function, differentiable, wanted = OPS[op]
+    wanted = [name for name in wanted if name in inputs]
+
+    def cast(name, tensor):
+        if dtype == torch.bfloat16:
+            tensor = tensor.to(torch.float32 if name in _FLOAT32_NAMES else dtype)
+        else:
+            tensor = tensor.to(dtype)
+        return tensor.clone().requires_grad_(name in wanted)
+
+    leaves = {name: cast(name, tensor) for name, tensor in inputs.items()}
+    outputs = function(leaves, attributes)
+    d_in = {}
+    if wanted:
+        output = outputs[differentiable]
+        grads = torch.autograd.grad(output, [leaves[n] for n in wanted], d_out[differentiable].to(output.dtype))
+        d_in = {name: grad.double() for name, grad in zip(wanted, grads)}
+    return {name: out.detach().double() for name, out in outputs.items()}, d_in
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The cases.
+
+
+def cases():
+    """Yields (case, op, attributes, inputs)."""
+    yield from _conv_cases()
+    yield from _norm_cases()
+    yield from _pool_and_linear_cases()
+    yield from _loss_cases()
+    yield from _small_cases()
+
+
+def _conv_cases():
+    #        case                    x shape           w shape         stride  padding
+    table = [
+        ("conv2d/3x3",              (2, 7, 9, 5),     (7, 3, 3, 5),   (1, 1), (1, 1)),
+        ("conv2d/3x3_wide",         (2, 9, 17, 16),   (33, 3, 3, 16), (1, 1), (1, 1)),
+        ("conv2d/3x3_stride2",      (3, 8, 11, 5),    (24, 3, 3, 5),  (2, 2), (1, 1)),
+        ("conv2d/3x3_stride2_even", (2, 8, 6, 8),     (9, 3, 3, 8),   (2, 2), (1, 1)),
+        ("conv2d/3x3_one_pixel",    (5, 1, 1, 24),    (17, 3, 3, 24), (1, 1), (1, 1)),
+        ("conv2d/3x3_no_padding",   (1, 5, 6, 3),     (4, 3, 3, 3),   (1, 1), (0, 0)),
+        ("conv2d/7x7_stem",         (2, 18, 15, 3),   (10, 7, 7, 3),  (2, 2), (3, 3)),
+        ("conv2d/7x7_smaller_than_kernel", (1, 4, 3, 3), (8, 7, 7, 3), (2, 2), (3, 3)),
+        ("conv2d/1x1",              (2, 5, 3, 24),    (31, 1, 1, 24), (1, 1), (0, 0)),
+        ("conv2d/1x1_one_channel",  (3, 4, 5, 1),     (3, 1, 1, 1),   (1, 1), (0, 0)),
+        ("conv2d/1x1_stride2",      (2, 7, 6, 15),    (17, 1, 1, 15), (2, 2), (0, 0)),
+        ("conv2d/5x3_asymmetric",   (2, 9, 11, 3),    (5, 5, 3, 3),   (2, 1), (2, 0)),
+        ("conv2d/3x5_asymmetric",   (2, 6, 10, 7),    (3, 3, 5, 7),   (1, 3), (0, 2)),
+        ("conv2d/batch1",           (1, 6, 7, 7),     (16, 3, 3, 7),  (1, 1), (1, 1)),
+    ]  # fmt: skip
+    for case, x, w, stride, padding in table:
+        draw = Draw(case)
+        fan_in = w[1] * w[2] * w[3]
+        inputs = {"x": draw.normal(*x, mean=0.3), "w": draw.normal(*w, mean=0.1 / fan_in**0.5, std=fan_in**-0.5)}
+        yield case, "conv2d", {"stride": list(stride), "padding": list(padding)}, inputs
+
+
+def _norm_inputs(draw, shape, affine, residual, mean, std):
+    c = shape[-1]
+    # A mean and a spread of its own for every channel, so that a swapped channel shows.
+    x = draw.normal(*shape) * draw.uniform(0.5, 1.5, c) * std + draw.normal(c) + mean
+    inputs = {"x": x.float().double(), "running_mean": draw.normal(c), "running_var": draw.uniform(0.5, 2.0, c)}
+    if affine:
+        inputs["gamma"] = draw.uniform(-1.5, 1.5, c)
+        inputs["beta"] = draw.normal(c, std=0.5)
+    if residual:
+        inputs["residual"] = draw.normal(*shape, mean=0.2)
+    return inputs
+
+
+def _norm_cases():
+    #        case                            x shape          groups affine relu   residual mean   std
+    table = [
+        ("batch_norm/4d",                   (4, 3, 5, 7),    1, True,  False, False, 0.0,   1.0),
+        ("batch_norm/4d_two_groups_relu",   (6, 3, 2, 5),    2, True,  True,  False, 0.5,   1.0),
+        ("batch_norm/4d_two_groups_residual_relu", (2, 3, 4, 24), 2, True, True, True, 0.0, 1.0),
+        ("batch_norm/4d_residual",          (3, 2, 3, 5),    1, True,  False, True,  0.0,   1.0),
+        ("batch_norm/4d_three_groups",      (3, 5, 1, 3),    3, True,  False, False, 0.0,   1.0),
+        ("batch_norm/2d_two_groups_relu",   (14, 17),        2, True,  True,  False, 0.0,   1.0),
+        ("batch_norm/2d_no_affine",         (10, 33),        2, False, False, False, -0.5,  1.0),
+        ("batch_norm/2d_no_affine_relu",    (9, 5),          1, False, True,  False, 0.0,   1.0),
+        ("batch_norm/2d_two_rows",          (4, 7),          2, True,  False, False, 0.0,   1.0),
+        ("batch_norm/2d_many_rows",         (131, 3),        1, True,  True,  False, 0.0,   1.0),
+        ("batch_norm/2d_one_channel",       (33, 1),         1, True,  False, False, 0.0,   1.0),
+        ("batch_norm/2d_large_mean",        (32, 5),         2, True,  False, False, 100.0, 1.0),
+        ("batch_norm/4d_large_mean_small_spread", (4, 4, 4, 3), 2, True, True, False, -16.0, 0.05),
+        ("batch_norm/2d_spread_below_eps",  (8, 3),          1, True,  False, False, 0.0,   1e-3),
+    ]  # fmt: skip
+    for case, shape, groups, affine, relu_, residual, mean, std in table:
+        attributes = {"groups": groups, "eps": 1e-5, "momentum": 0.1, "relu": relu_, "residual": residual, "affine": affine}
+        yield case, "batch_norm", attributes, _clear_of_relu(
+            case, "batch_norm", attributes, lambda draw: _norm_inputs(draw, shape, affine, residual, mean, std)
+        )
+    table = [
+        ("batch_norm_eval/4d_residual_relu", (2, 3, 5, 7), True, True, True),
+        ("batch_norm_eval/4d_batch1", (1, 4, 3, 5), True, False, False),
+        ("batch_norm_eval/2d_one_row_relu", (1, 24), True, True, False),
+        ("batch_norm_eval/2d_no_affine", (3, 17), False, False, False),
+    ]
+    for case, shape, affine, relu_, residual in table:
+        attributes = {"eps": 1e-5, "relu": relu_, "residual": residual, "affine": affine}
+        yield case, "batch_norm_eval", attributes, _clear_of_relu(
+            case, "batch_norm_eval", attributes, lambda draw: _norm_inputs(draw, shape, affine, residual, 0.0, 1.0)
+        )
+
+
+def _clear_of_relu(case, op, attributes, make_inputs):
+    """Draws until nothing that enters the ReLU lies within the margin of zero."""
+    for attempt in range(10_000):
+        inputs = make_inputs(Draw(case, attempt))
+        before, _ = run(op, attributes | {"relu": False}, inputs, {"y": torch.zeros_like(inputs["x"])})
+        if not attributes["relu"] or before["y"].abs().min() > _MARGIN:
+            return inputs
+    raise RuntimeError(f"{case}: no draw keeps clear of the ReLU's corner")
+
+
+def _pool_and_linear_cases():
+    draw = Draw("relu")
+    x = draw.normal(3, 5, 4, 7)
+    yield "relu/4d", "relu", {}, {"x": x.where(x.abs() > _MARGIN, torch.ones(()).double())}
+    yield "relu/zeros", "relu", {}, {"x": Draw("relu/zeros").integers(-2, 3, 5, 33)}
+
+    # Distinct values a margin apart: no rounding, not even to bfloat16, may move a maximum.
+    def distinct(case, shape, offset):
+        order = Draw(case).generator.permutation(int(np.prod(shape))).reshape(shape)
+        return torch.from_numpy(order / 8.0).to(torch.float32).double() + offset
+
+    pool = {"kernel": 3, "stride": 2, "padding": 1}
+    yield "max_pool/odd", "max_pool", pool, {"x": distinct("max_pool/odd", (2, 7, 9, 3), -20.0)}
+    yield "max_pool/even", "max_pool", pool, {"x": distinct("max_pool/even", (3, 8, 6, 5), -30.0)}
+    yield "max_pool/batch1_wide", "max_pool", pool, {"x": distinct("max_pool/batch1_wide", (1, 5, 4, 24), -10.0)}
+    yield "max_pool/all_negative", "max_pool", pool, {"x": distinct("max_pool/all_negative", (2, 5, 6, 7), -500.0)}
+    yield "max_pool/one_pixel", "max_pool", pool, {"x": distinct("max_pool/one_pixel", (2, 1, 1, 5), -7.0)}
+    yield "max_pool/ties", "max_pool", pool, {"x": Draw("max_pool/ties").integers(-2, 2, 2, 7, 8, 3)}
+    yield "max_pool/2x2", "max_pool", {"kernel": 2, "stride": 2, "padding": 0}, {"x": distinct("max_pool/2x2", (2, 5, 6, 3), 0.0)}
+
+    for case, shape in [("4x3", (2, 4, 3, 5)), ("7x7", (3, 7, 7, 24)), ("one_pixel_batch1", (1, 1, 1, 7))]:
+        case = f"global_avg_pool/{case}"
+        yield case, "global_avg_pool", {}, {"x": Draw(case).normal(*shape, mean=0.4)}
+
+    #        case           rows in  out  bias
+    table = [
+        ("linear/plain",     5, 24,  7, False),
+        ("linear/bias",      3,  7, 17, True),
+        ("linear/one_row",   1, 33,  5, True),
+        ("linear/tile_edge", 17, 31, 33, False),
+        ("linear/narrow",    16, 3,  1, True),
+    ]  # fmt: skip
+    for case, rows, k, n, bias in table:
+        draw = Draw(case)
+        inputs = {"x": draw.normal(rows, k, mean=0.3), "w": draw.normal(n, k, std=k**-0.5)}
+        if bias:
+            inputs["b"] = draw.normal(n)
+        yield case, "linear", {"bias": bias}, inputs
+
+
+def _loss_cases():
+    #        case            rows of p, of z, dims, shift
+    table = [
+        ("symmetric",        (10, 10, 17, 5)),
+        ("asymmetric",       (5, 10, 24, 5)),
+        ("no_shift",         (3, 3, 7, 0)),
+        ("shift_wraps",      (7, 7, 5, 3)),
+        ("one_row",          (1, 2, 33, 1)),
+    ]  # fmt: skip
+    for op in ("negative_cosine", "softmax_xent"):
+        for case, (m, r, d, shift) in table:
+            case = f"{op}/{case}"
+            draw = Draw(case)
+            inputs = {"p": draw.normal(m, d, mean=0.2), "z": draw.normal(r, d, mean=-0.1, std=1.5)}
+            yield case, op, {"z_shift": shift}, inputs
+
+    case = "softmax_xent/large_values"
+    draw = Draw(case)
+    yield case, "softmax_xent", {"z_shift": 2}, {"p": draw.normal(4, 9, mean=200.0, std=20.0), "z": draw.normal(4, 9, mean=-90.0, std=10.0)}
+
+    # One odd row among ordinary ones, in p (row 1) and in z (row 0, the target of p's row 2).
+    for case, scale in [("small_norm", 1e-4), ("below_eps", 1e-10), ("zero_row", 0.0)]:
+        case = f"negative_cosine/{case}"
+        draw = Draw(case)
+        p, z = draw.normal(3, 5), draw.normal(3, 5)
+        p[1] *= scale
+        z[0] *= scale
+        yield case, "negative_cosine", {"z_shift": 1}, {"p": p.float().double(), "z": z.float().double()}
+
+    for case, shape, mean in [("random", (14, 33), 0.0), ("nearly_collapsed", (9, 17), 8.0), ("two_rows", (2, 5), 0.0)]:
+        case = f"z_std/{case}"
+        yield case, "z_std", {}, {"z": Draw(case).normal(*shape, mean=mean)}
+
+
+def _small_cases():
+    for case, shape, decay, first in [
+        ("first_step", (33,), 1e-4, True),
+        ("second_step", (33,), 1e-4, False),
+        ("heavy_decay_4d", (5, 3, 3, 7), 0.5, False),
+        ("no_decay", (17, 3), 0.0, False),
+    ]:
+        case = f"sgd/{case}"
+        draw = Draw(case)
+        inputs = {"w": draw.normal(*shape), "g": draw.normal(*shape, std=0.1)}
+        inputs["v"] = torch.zeros_like(inputs["w"]) if first else draw.normal(*shape, std=0.3)
+        yield case, "sgd", {"lr": 0.0625, "momentum": 0.9, "weight_decay": decay}, inputs
+
+    for case, shape, start, length in [("4d", (5, 2, 3, 7), 2, 2), ("2d_first", (6, 5), 0, 3), ("2d_last", (6, 5), 3, 3)]:
+        case = f"slice_rows/{case}"
+        yield case, "slice_rows", {"start": start, "len": length}, {"x": Draw(case).normal(*shape)}
+
+    for case, shape in [("4d", (2, 3, 5, 7)), ("2d", (1, 33))]:
+        case = f"add/{case}"
+        draw = Draw(case)
+        yield case, "add", {}, {"a": draw.normal(*shape), "b": draw.normal(*shape)}
+
+
+_NOT_SMOOTH = {"max_pool/ties", "relu/zeros", "negative_cosine/below_eps", "negative_cosine/zero_row"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# File.
+
+
+def _error(got, want):
+    return float((got - want).abs().max())
+
+
+def make(path):
+    """Writes the op goldens."""
+    tensors, table = {}, {}
+    for case, op, attributes, inputs in cases():
+        outputs, _ = run(op, attributes, inputs, {}) if OPS[op][1] is None else (OPS[op][0](inputs, attributes), None)
+        d_out = {}
+        if OPS[op][1] is not None:
+            name = OPS[op][1]
+            d_out[name] = Draw(case + "/d_out").normal(*outputs[name].shape)
+        outputs, d_in = run(op, attributes, inputs, d_out)
+
+        row = {"op": op, **attributes, "smooth": case not in _NOT_SMOOTH}
+        for key, dtype in (("err32", torch.float32), ("err16", torch.bfloat16)):
+            if dtype == torch.bfloat16 and op in _NO_BFLOAT16:
+                continue
+            out_low, d_low = run(op, attributes, inputs, d_out, dtype)
+            errors = {f"out/{n}": _error(out_low[n], t) for n, t in outputs.items()}
+            errors |= {f"d_in/{n}": _error(d_low[n], t) for n, t in d_in.items()}
+            row[key] = {name: float(f"{e:.3g}") for name, e in errors.items()}
+        table[case] = row
+        for role, group in (("in", inputs), ("out", outputs), ("d_out", d_out), ("d_in", d_in)):
+            tensors |= {f"{case}/{role}/{name}": tensor for name, tensor in group.items()}
+    metadata = {"kind": "simsiam-ops", "cases": json.dumps(table, separators=(",", ":")), "torch": torch.__version__}
+    tensor_file.write(path, tensors, metadata)
+    return len(table)
+
+
+def verify(tensors, metadata):
+    """Recomputes every case of a file; returns a list of (case, worst relative error, finite-difference error or None)."""
+    results = []
+    for case, row in json.loads(metadata["cases"]).items():
+        groups = {}
+        for role in ("in", "out", "d_out", "d_in"):
+            prefix = f"{case}/{role}/"
+            groups[role] = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
+        for name, tensor in (groups["in"] | groups["d_out"]).items():
+            if not torch.equal(tensor, tensor.float().double()):
+                raise ValueError(f"{case}: {name} is not exactly representable in float32")
+        outputs, d_in = run(row["op"], row, groups["in"], groups["d_out"])
+        if outputs.keys() != groups["out"].keys() or d_in.keys() != groups["d_in"].keys():
+            raise ValueError(f"{case}: the file has other tensors than the op")
+        worst = 0.0
+        for got, want in ((outputs, groups["out"]), (d_in, groups["d_in"])):
+            for name, tensor in want.items():
+                if tensor.isnan().any() or tensor.isinf().any():
+                    raise ValueError(f"{case}: {name} is not finite")
+                worst = max(worst, _error(got[name], tensor) / (float(tensor.abs().max()) + 1e-30))
+        differences = _finite_differences(row, groups) if d_in and row["smooth"] else None
+        results.append((case, worst, differences))
+    return results
+
+
+def _finite_differences(row, groups):
+    """Worst relative error of the stored gradients against central differences along random directions."""
+    function, name, _ = OPS[row["op"]]
+    generator = torch.Generator().manual_seed(1)
+    worst = 0.0
+    for wanted, gradient in groups["d_in"].items():
+        x = groups["in"][wanted]
+        # Steps in proportion to each value, so that rows of small norm keep their shape.
+        direction = torch.randn(x.shape, generator=generator, dtype=torch.float64) * x.abs()
+        h = 1e-6 if x.abs().max() < 50 else 1e-8
+
+        def along(step):
+            out = function(groups["in"] | {wanted: x + step * direction}, row)[name]
+            return float((out * groups["d_out"][name]).sum())
+
+        difference = (along(h) - along(-h)) / (2 * h)
+        products = gradient * direction
+        worst = max(worst, abs(float(products.sum()) - difference) / (float(products.abs().sum()) + 1e-30))
+    return worst
