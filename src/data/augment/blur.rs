@@ -78,11 +78,7 @@ impl Blur {
 
 /// `half[0] * centre + sum of half[i] * (left + right)` where `neighbours(i)` gives the values at distance `i`.
 #[inline(always)]
-fn convolve<'a>(
-    half: &[f32],
-    centre: &[f32],
-    neighbours: impl Fn(usize) -> (&'a [f32], &'a [f32]),
-) -> [f32; LANES] {
+fn convolve<'a>(half: &[f32], centre: &[f32], neighbours: impl Fn(usize) -> (&'a [f32], &'a [f32])) -> [f32; LANES] {
     let mut sums = [0.0; LANES];
     for (sum, &value) in sums.iter_mut().zip(&centre[..LANES]) {
         *sum = half[0] * value;

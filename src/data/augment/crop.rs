@@ -32,7 +32,7 @@ impl Taps {
         let step = (span.end - span.start) / outputs as f64;
         let support = step.max(1.0);
         let bounds = span.bounds.clone();
-        self.per_output = (2 * support.ceil() as usize + 1).min(bounds.len());
+        self.per_output = ((2.0 * support).ceil() as usize).min(bounds.len());
         self.first.clear();
         self.weights.clear();
         for output in 0..outputs {
@@ -74,7 +74,14 @@ pub(super) struct Resizer {
 impl Resizer {
     /// Resizes what the spans cut out of `image` to `planes`, left-right flipped if `flip` is set.
     #[inline(always)]
-    pub(super) fn resize(&mut self, image: &Image, horizontal: &Span, vertical: &Span, flip: bool, planes: &mut Planes) {
+    pub(super) fn resize(
+        &mut self,
+        image: &Image,
+        horizontal: &Span,
+        vertical: &Span,
+        flip: bool,
+        planes: &mut Planes,
+    ) {
         let size = planes.size();
         self.columns.compute(horizontal, size, flip);
         self.rows.compute(vertical, size, false);

@@ -18,46 +18,47 @@ pub(super) fn jitter_colour(planes: &mut Planes, jitter: &Jitter) {
     let (before, rest) = jitter.order.split_at(contrast_at);
     let mut sum = 0.0;
     for mut tile in planes.tiles_mut(TILE) {
-        before.iter().for_each(|&op| apply(op, jitter, 0.0, &mut tile));
+        apply(before, jitter, 0.0, &mut tile);
         sum += sum_of_luma(&tile);
     }
     let mean = (sum / planes.pixels() as f64) as f32;
     for mut tile in planes.tiles_mut(TILE) {
-        rest.iter().for_each(|&op| apply(op, jitter, mean, &mut tile));
+        apply(rest, jitter, mean, &mut tile);
     }
 }
 
 /// Gives all channels the luma.
 #[inline(always)]
 pub(super) fn to_grayscale(planes: &mut Planes) {
-    for tile in planes.tiles_mut(TILE) {
-        for_each_pixel(tile, |r, g, b| [luma(r, g, b); 3]);
+    for mut tile in planes.tiles_mut(TILE) {
+        for_each_pixel(&mut tile, |r, g, b| [luma(r, g, b); 3]);
     }
 }
 
-/// Applies one operation to some pixels of an image whose mean luma is `mean`.
+/// Applies operations to some pixels of an image whose mean luma is `mean`.
 #[inline(always)]
-fn apply(op: JitterOp, jitter: &Jitter, mean: f32, tile: &mut Tile) {
-    let tile = tile.each_mut().map(|plane| &mut **plane);
-    match op {
-        JitterOp::Brightness => scale(tile, jitter.brightness, 0.0),
-        JitterOp::Contrast => scale(tile, jitter.contrast, (1.0 - jitter.contrast) * mean),
-        JitterOp::Saturation => saturate(tile, jitter.saturation),
-        JitterOp::Hue => turn_hue(tile, jitter.hue),
+fn apply(ops: &[JitterOp], jitter: &Jitter, mean: f32, tile: &mut Tile) {
+    for op in ops {
+        match op {
+            JitterOp::Brightness => scale(tile, jitter.brightness, 0.0),
+            JitterOp::Contrast => scale(tile, jitter.contrast, (1.0 - jitter.contrast) * mean),
+            JitterOp::Saturation => saturate(tile, jitter.saturation),
+            JitterOp::Hue => turn_hue(tile, jitter.hue),
+        }
     }
 }
 
 #[inline(always)]
-fn scale(tile: Tile, factor: f32, offset: f32) {
+fn scale(tile: &mut Tile, factor: f32, offset: f32) {
     for plane in tile {
-        for value in plane {
+        for value in plane.iter_mut() {
             *value = (*value * factor + offset).clamp(0.0, 255.0);
         }
     }
 }
 
 #[inline(always)]
-fn saturate(tile: Tile, factor: f32) {
+fn saturate(tile: &mut Tile, factor: f32) {
     for_each_pixel(tile, |r, g, b| {
         let grey = (1.0 - factor) * luma(r, g, b);
         [r, g, b].map(|value| (value * factor + grey).clamp(0.0, 255.0))
@@ -66,7 +67,7 @@ fn saturate(tile: Tile, factor: f32) {
 
 /// Turns the hue, keeping the HSV value and saturation. Hues are counted in sixths of the circle.
 #[inline(always)]
-fn turn_hue(tile: Tile, turn: f32) {
+fn turn_hue(tile: &mut Tile, turn: f32) {
     let turn = 6.0 * turn;
     for_each_pixel(tile, |r, g, b| {
         let (value, chroma) = (r.max(g).max(b), r.max(g).max(b) - r.min(g).min(b));
@@ -95,7 +96,8 @@ fn luma(r: f32, g: f32, b: f32) -> f32 {
 
 #[inline(always)]
 fn sum_of_luma(tile: &Tile) -> f64 {
-    let [(red, red_rest), (green, green_rest), (blue, blue_rest)] = tile.each_ref().map(|plane| plane.as_chunks::<SUMS>());
+    let [(red, red_rest), (green, green_rest), (blue, blue_rest)] =
+        tile.each_ref().map(|plane| plane.as_chunks::<SUMS>());
     let mut sums = [0.0; SUMS];
     for ((r, g), b) in red.iter().zip(green).zip(blue) {
         for i in 0..SUMS {
@@ -107,8 +109,8 @@ fn sum_of_luma(tile: &Tile) -> f64 {
 }
 
 #[inline(always)]
-fn for_each_pixel([red, green, blue]: Tile, f: impl Fn(f32, f32, f32) -> [f32; 3]) {
-    for ((r, g), b) in red.iter_mut().zip(green).zip(blue) {
+fn for_each_pixel([red, green, blue]: &mut Tile, f: impl Fn(f32, f32, f32) -> [f32; 3]) {
+    for ((r, g), b) in red.iter_mut().zip(green.iter_mut()).zip(blue.iter_mut()) {
         [*r, *g, *b] = f(*r, *g, *b);
     }
 }
@@ -119,7 +121,7 @@ mod tests {
 
     fn pixel(colour: [f32; 3], turn: f32) -> [f32; 3] {
         let mut planes = colour.map(|value| vec![value]);
-        turn_hue(planes.each_mut().map(Vec::as_mut_slice), turn);
+        turn_hue(&mut planes.each_mut().map(Vec::as_mut_slice), turn);
         planes.map(|plane| plane[0])
     }
 

@@ -112,12 +112,7 @@ impl Planes {
 /// Makes views. Keeps its scratch memory from view to view; every thread has its own.
 #[derive(Debug)]
 pub struct Augmenter {
-    planes: Planes,
-    resizer: Resizer,
-    blur: Blur,
-    /// Normalised value = level x scale + offset, per channel.
-    scale: [f32; 3],
-    offset: [f32; 3],
+    stages: Stages,
     instructions: pulp::Arch,
 }
 
@@ -128,14 +123,14 @@ impl Augmenter {
     /// [`Error::Config`] when `config` does not hold up to its checks.
     pub fn new(config: &AugmentConfig) -> Result<Augmenter> {
         config.validate()?;
-        Ok(Augmenter {
+        let stages = Stages {
             planes: Planes::new(config.image_size),
             resizer: Resizer::default(),
             blur: Blur::default(),
             scale: config.std.map(|std| 1.0 / (255.0 * std)),
             offset: std::array::from_fn(|channel| -config.mean[channel] / config.std[channel]),
-            instructions: pulp::Arch::new(),
-        })
+        };
+        Ok(Augmenter { stages, instructions: pulp::Arch::new() })
     }
 
     /// Makes the view that `params` describe, normalised, as `[size][size][3]`.
@@ -146,35 +141,17 @@ impl Augmenter {
         let CropBox { top, left, height, width } = params.crop;
         let horizontal = stored_span(left, width, image.original_width, image.width);
         let vertical = stored_span(top, height, image.original_height, image.height);
-        let Augmenter { planes, resizer, blur, .. } = self;
-        self.instructions.dispatch(
-            // The closure takes the instruction set of its caller, and so do the functions inlined into it.
-            #[inline(always)]
-            || {
-                // A flip may as well come first: everything that follows treats left and right alike.
-                resizer.resize(image, &horizontal, &vertical, params.flip, planes);
-                if let Some(jitter) = &params.jitter {
-                    jitter::jitter_colour(planes, jitter);
-                }
-                if params.grayscale {
-                    jitter::to_grayscale(planes);
-                }
-                if let Some(sigma) = params.blur_sigma {
-                    blur.apply(planes, sigma);
-                }
-            },
-        );
-        self.normalise(out);
+        self.run(Job { image, horizontal, vertical, params: Some(params), out });
     }
 
-    /// Makes the view for evaluation: the short side of the original is resized to `short_side`, the centre is cut out,
-    /// and normalised. Without `short_side` an image that is stored in the size of a view is taken as it is, and any
-    /// other is resized to 256 / 224 of it.
+    /// Makes the view for evaluation: the short side of the original is resized to `short_side` (at least the size of a
+    /// view), the centre is cut out, and normalised. Without `short_side` an image that is stored in the size of a view
+    /// is taken as it is, and the short side of any other is resized to 256 / 224 of a view.
     ///
     /// # Panics
     /// When `out` has another length than a view.
     pub fn resize_center(&mut self, image: &Image, short_side: Option<usize>, out: &mut [f32]) {
-        let size = self.planes.size();
+        let size = self.stages.planes.size();
         let default = match (image.width, image.height) == (size, size) {
             true => size,
             false => (size as f64 * 256.0 / 224.0).round() as usize,
@@ -185,26 +162,84 @@ impl Augmenter {
         let resized = |side: u32| (u64::from(side) * short_side as u64 / shorter) as usize;
         let horizontal = centre_span(resized(width), size, image.width);
         let vertical = centre_span(resized(height), size, image.height);
-        let Augmenter { planes, resizer, .. } = self;
-        self.instructions.dispatch(
-            #[inline(always)]
-            || resizer.resize(image, &horizontal, &vertical, false, planes),
-        );
-        self.normalise(out);
+        self.run(Job { image, horizontal, vertical, params: None, out });
     }
 
-    fn normalise(&mut self, out: &mut [f32]) {
-        assert_eq!(out.len(), 3 * self.planes.pixels(), "length of a view");
-        let Augmenter { planes, scale, offset, .. } = self;
+    fn run(&mut self, job: Job) {
+        assert_eq!(job.out.len(), 3 * self.stages.planes.pixels(), "length of a view");
+        self.instructions.dispatch(Run { stages: &mut self.stages, job });
+    }
+}
+
+/// One view to be made.
+struct Job<'a> {
+    image: &'a Image<'a>,
+    horizontal: Span,
+    vertical: Span,
+    /// `None` makes a plain resized cut-out.
+    params: Option<&'a ViewParams>,
+    out: &'a mut [f32],
+}
+
+/// The work on a view, with its scratch memory. Its methods and all they call are inlined into [`Run::call`], which is
+/// compiled once for each instruction set.
+#[derive(Debug)]
+struct Stages {
+    planes: Planes,
+    resizer: Resizer,
+    blur: Blur,
+    /// Normalised value = level x scale + offset, per channel.
+    scale: [f32; 3],
+    offset: [f32; 3],
+}
+
+impl Stages {
+    #[inline(always)]
+    fn run(&mut self, job: Job) {
+        // A flip may as well come first: everything that follows treats left and right alike.
+        let flip = job.params.is_some_and(|params| params.flip);
+        self.resizer.resize(job.image, &job.horizontal, &job.vertical, flip, &mut self.planes);
+        if let Some(params) = job.params {
+            self.change(params);
+        }
+        self.normalise(job.out);
+    }
+
+    #[inline(always)]
+    fn change(&mut self, params: &ViewParams) {
+        if let Some(jitter) = &params.jitter {
+            jitter::jitter_colour(&mut self.planes, jitter);
+        }
+        if params.grayscale {
+            jitter::to_grayscale(&mut self.planes);
+        }
+        if let Some(sigma) = params.blur_sigma {
+            self.blur.apply(&mut self.planes, sigma);
+        }
+    }
+
+    #[inline(always)]
+    fn normalise(&self, out: &mut [f32]) {
+        let Stages { planes, scale, offset, .. } = self;
         let [red, green, blue] = &planes.levels;
-        self.instructions.dispatch(
-            #[inline(always)]
-            || {
-                for (((pixel, r), g), b) in out.as_chunks_mut::<3>().0.iter_mut().zip(red).zip(green).zip(blue) {
-                    *pixel = [r * scale[0] + offset[0], g * scale[1] + offset[1], b * scale[2] + offset[2]];
-                }
-            },
-        );
+        for (((pixel, r), g), b) in out.as_chunks_mut::<3>().0.iter_mut().zip(red).zip(green).zip(blue) {
+            *pixel = [r * scale[0] + offset[0], g * scale[1] + offset[1], b * scale[2] + offset[2]];
+        }
+    }
+}
+
+/// A function object for [`pulp::Arch::dispatch`]: unlike a closure it is sure to be inlined there.
+struct Run<'a> {
+    stages: &'a mut Stages,
+    job: Job<'a>,
+}
+
+impl pulp::NullaryFnOnce for Run<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        self.stages.run(self.job);
     }
 }
 

@@ -169,12 +169,7 @@ fn centre_crop([ratio_low, ratio_high]: [f64; 2], width: u32, height: u32) -> Cr
     };
     // Ratios far from 1 can round a side of a tiny image to nothing.
     let (crop_width, crop_height) = (crop_width.clamp(1, width), crop_height.clamp(1, height));
-    CropBox {
-        top: (height - crop_height) / 2,
-        left: (width - crop_width) / 2,
-        height: crop_height,
-        width: crop_width,
-    }
+    CropBox { top: (height - crop_height) / 2, left: (width - crop_width) / 2, height: crop_height, width: crop_width }
 }
 
 /// The `index`-th of the 24 orders of the jitter operations, in lexicographic order.
@@ -223,7 +218,9 @@ mod tests {
         };
         let base = draw(1, 2, 3, 0);
         assert_eq!(base, draw(1, 2, 3, 0));
-        for other in [draw(2, 2, 3, 0), draw(1, 3, 3, 0), draw(1, 2, 4, 0), draw(1, 2, 3, 1), draw(1, 2, 3 | 1 << 32, 0)] {
+        for other in
+            [draw(2, 2, 3, 0), draw(1, 3, 3, 0), draw(1, 2, 4, 0), draw(1, 2, 3, 1), draw(1, 2, 3 | 1 << 32, 0)]
+        {
             assert_ne!(base.crop, other.crop);
         }
     }
