@@ -1,1 +1,2 @@
-//! import/mod
+//! import
+pub mod decode;
