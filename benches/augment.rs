@@ -1,0 +1,53 @@
+//! Views per second of one core, whole and by stage.
+
+use std::hint::black_box;
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use simsiam_engine::data::augment::{AugmentConfig, Augmenter, Image, ViewParams};
+
+const VIEWS: usize = 64;
+
+/// A smooth image with texture; the time does not depend on what is on it.
+fn pixels(side: usize) -> Vec<u8> {
+    (0..side * side * 3).map(|i| ((i / 3 % side) + (i / 7) * (i % 3 + 1)) as u8).collect()
+}
+
+fn views(c: &mut Criterion, name: &str, config: &AugmentConfig, stored: usize) {
+    let pixels = pixels(stored);
+    let image = Image::new(&pixels, stored, stored, 3).unwrap();
+    let params: Vec<_> = (0..VIEWS as u64)
+        .map(|sample| ViewParams::draw(config, 1, 0, sample, 0, stored as u32, stored as u32))
+        .collect();
+    let mut augmenter = Augmenter::new(config).unwrap();
+    let mut out = vec![0.0; config.view_len()];
+    let mut group = c.benchmark_group("augment");
+    group.sample_size(10).throughput(Throughput::Elements(VIEWS as u64));
+    group.bench_function(name, |b| {
+        b.iter(|| {
+            for params in &params {
+                augmenter.view(&image, params, black_box(&mut out));
+            }
+        });
+    });
+}
+
+/// Views of which every one (or none) goes through an operation.
+fn only(jitter: bool, blur: bool) -> AugmentConfig {
+    AugmentConfig {
+        jitter_probability: f64::from(u8::from(jitter)),
+        blur_probability: f64::from(u8::from(blur)),
+        grayscale_probability: 0.0,
+        ..AugmentConfig::imagenet()
+    }
+}
+
+fn augment(c: &mut Criterion) {
+    views(c, "views_224_from_256", &AugmentConfig::imagenet(), 256);
+    views(c, "views_32_from_32", &AugmentConfig::cifar(), 32);
+    views(c, "crop_only_224_from_256", &only(false, false), 256);
+    views(c, "crop_and_jitter_224_from_256", &only(true, false), 256);
+    views(c, "crop_and_blur_224_from_256", &only(false, true), 256);
+}
+
+criterion_group!(benches, augment);
+criterion_main!(benches);
