@@ -1,5 +1,6 @@
 //! SimSiam pretraining engine: tape, plan, executors, data and training loop. See ARCHITECTURE.md for the map.
 
+pub mod atomic;
 pub mod backend;
 pub mod cli;
 pub mod data;

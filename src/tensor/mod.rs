@@ -1,5 +1,7 @@
 //! Shapes, element types and host tensors. Activations are NHWC; convolution weights are `[c_out][kh][kw][c_in]` (cuDNN's KRSC).
 
+pub mod safetensors;
+
 use std::fmt;
 
 use crate::error::{Error, Result};
