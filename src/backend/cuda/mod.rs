@@ -1,0 +1,27 @@
+//! CUDA: the kernels that were compiled into this binary.
+
+/// One file of `kernels/`, compiled for several devices.
+#[derive(Debug)]
+pub struct Kernel {
+    /// The file's name without extension.
+    pub name: &'static str,
+    /// NVIDIA's container of the compiled code, 16-byte aligned.
+    pub fatbin: &'static [u8],
+    /// What the container holds: `sm_90a` is machine code of that generation, `compute_80` PTX for it and later ones.
+    pub archs: &'static [&'static str],
+}
+
+/// Gives embedded bytes the alignment that the driver reads them with.
+#[allow(dead_code)] // not without nvcc: then there is nothing to embed
+#[repr(C, align(16))]
+struct Aligned<const N: usize>([u8; N]);
+
+static KERNELS: &[Kernel] = &include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+/// All compiled kernels; none when the crate was built without nvcc.
+pub fn compiled_kernels() -> &'static [Kernel] {
+    KERNELS
+}
+
+/// The release of nvcc that compiled them, or "none".
+pub const NVCC_RELEASE: &str = env!("SIMSIAM_NVCC");
