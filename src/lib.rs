@@ -13,5 +13,6 @@ pub mod nn;
 pub mod ops;
 pub mod report;
 pub mod rng;
+pub mod selftest;
 pub mod tensor;
 pub mod train;

@@ -4,8 +4,14 @@ use crate::backend::cpu::arena::{Arena, Slot};
 use crate::backend::cpu::{CpuIo, Input, Output, Tier};
 use crate::error::{Error, Result};
 use crate::exec::Executor;
+use crate::graph::plan::Buffer;
 use crate::graph::{Plan, Tape, ValueId, WriteMode};
 use crate::tensor::{DType, HostTensor, TensorDesc};
+
+/// Bytes between the buffers of a poisoned executor.
+const GUARD: usize = 64;
+/// What a poisoned executor's memory starts as.
+const POISON: u8 = 0xFF;
 
 /// A tape planned and placed in host memory.
 #[derive(Debug)]
@@ -25,6 +31,25 @@ impl CpuExecutor {
         let plan = Plan::new(&tape)?;
         let arena = Arena::new(plan.memory.total)?;
         Ok(CpuExecutor { tape, plan, arena, tier })
+    }
+
+    /// As [`CpuExecutor::new`] for finding faults: every byte starts as 0xFF (NaN in all float types), and buffers are
+    /// `GUARD` bytes apart, which [`CpuExecutor::overrun`] looks at.
+    ///
+    /// # Errors
+    /// As [`CpuExecutor::new`].
+    pub fn poisoned(tape: Tape, tier: Tier) -> Result<CpuExecutor> {
+        let plan = Plan::guarded(&tape, GUARD)?;
+        let mut arena = Arena::new(plan.memory.total)?;
+        arena.slice_mut(Slot { offset: 0, bytes: plan.memory.total }).fill(POISON);
+        Ok(CpuExecutor { tape, plan, arena, tier })
+    }
+
+    /// The first buffer of a poisoned executor behind which a byte was changed.
+    pub fn overrun(&self) -> Option<&str> {
+        let guard = |b: &Buffer| Slot { offset: b.slot.end(), bytes: GUARD };
+        let changed = |b: &&Buffer| self.arena.slice(guard(b)).iter().any(|&byte| byte != POISON);
+        self.plan.buffers.iter().find(changed).map(|b| b.name.as_str())
     }
 
     fn run_node(&mut self, index: usize) -> Result<()> {

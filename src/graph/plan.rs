@@ -82,11 +82,23 @@ impl Plan {
     /// # Errors
     /// [`Error::Internal`] when a value is read before any node writes it.
     pub fn new(tape: &Tape) -> Result<Plan> {
+        Plan::guarded(tape, 0)
+    }
+
+    /// As [`Plan::new`], for tests that look for overruns: at least `guard` unused bytes lie behind every buffer, and with
+    /// a guard no memory is used twice.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn guarded(tape: &Tape, guard: usize) -> Result<Plan> {
         let mut buffers = lifetimes(tape)?;
         let modes = write_modes(tape);
         let workspaces = add_workspaces(tape, &mut buffers);
-        let persistent = place_persistent(&mut buffers);
-        let total = place_transient(&mut buffers, persistent);
+        if guard > 0 {
+            buffers.iter_mut().for_each(|b| (b.first, b.last) = (0, tape.nodes().len()));
+        }
+        let persistent = place_persistent(&mut buffers, guard);
+        let total = place_transient(&mut buffers, persistent, guard);
         let slot_of = |id: ValueId| buffers[id.index()].slot;
         let slots = (0..tape.values().len()).map(|i| slot_of(tape.storage(ValueId(i as u32)))).collect();
         let nodes = modes
@@ -173,31 +185,31 @@ fn align(bytes: usize) -> usize {
 }
 
 /// Lays persistent buffers end to end; returns their total size.
-fn place_persistent(buffers: &mut [Buffer]) -> usize {
+fn place_persistent(buffers: &mut [Buffer], guard: usize) -> usize {
     let mut offset = 0;
     for buffer in buffers.iter_mut().filter(|b| is_persistent(b)) {
         buffer.slot.offset = offset;
-        offset += align(buffer.slot.bytes);
+        offset += align(buffer.slot.bytes + guard);
     }
     offset
 }
 
 /// Greedy by size: the largest buffer first, each at the lowest offset that is free during its whole life
 /// (Pisarchyk and Lee, "Efficient memory management for deep neural net inference", 2020). Returns the arena's size.
-fn place_transient(buffers: &mut [Buffer], base: usize) -> usize {
+fn place_transient(buffers: &mut [Buffer], base: usize, guard: usize) -> usize {
     let mut order: Vec<usize> =
         (0..buffers.len()).filter(|&i| !is_persistent(&buffers[i]) && buffers[i].slot.bytes > 0).collect();
     order.sort_by_key(|&i| (std::cmp::Reverse(buffers[i].slot.bytes), buffers[i].first, i));
     let mut placed: Vec<usize> = Vec::new(); // sorted by offset
     let mut total = base;
     for i in order {
-        let (first, last, bytes) = (buffers[i].first, buffers[i].last, align(buffers[i].slot.bytes));
+        let (first, last, bytes) = (buffers[i].first, buffers[i].last, align(buffers[i].slot.bytes + guard));
         let mut offset = base;
         for other in placed.iter().map(|&p| &buffers[p]).filter(|o| o.first <= last && first <= o.last) {
             if offset + bytes <= other.slot.offset {
                 break;
             }
-            offset = offset.max(align(other.slot.end()));
+            offset = offset.max(align(other.slot.end() + guard));
         }
         buffers[i].slot.offset = offset;
         total = total.max(offset + bytes);
@@ -302,7 +314,7 @@ mod tests {
                 Buffer { name: i.to_string(), role: None, slot: Slot { offset: 0, bytes }, first, last }
             })
             .collect();
-        let total = place_transient(&mut buffers, 128);
+        let total = place_transient(&mut buffers, 128, 0);
         for (i, a) in buffers.iter().enumerate() {
             assert!(a.slot.offset >= 128 && a.slot.end() <= total);
             for b in &buffers[..i] {

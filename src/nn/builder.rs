@@ -150,6 +150,14 @@ impl<'t> Builder<'t> {
         })
     }
 
+    /// Takes the newest parameter out of training.
+    pub fn freeze_last(&mut self) {
+        if let Some(param) = self.params.last_mut() {
+            param.trainable = false;
+            self.tape.freeze(param.value);
+        }
+    }
+
     fn param(&mut self, name: &str, desc: TensorDesc, init: Init) -> ValueId {
         let trainable = self.trainable && matches!(self.mode, Mode::Train { .. });
         let value = self.tape.leaf(name, desc.clone(), Role::Parameter, trainable);

@@ -33,6 +33,19 @@ pub enum PredictorKind {
     Mlp,
 }
 
+/// The bias of the projector's last linear layer, where a batch norm follows and subtracts it again: it changes no output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum OutBias {
+    /// There is none.
+    #[default]
+    None,
+    /// It stays at its start value, as in the reference's files.
+    Frozen,
+    /// It is trained.
+    Trained,
+}
+
 /// Both heads.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -47,9 +60,8 @@ pub struct Heads {
     pub projector_layers: usize,
     /// Whether the projector's last batch norm has gamma and beta (the paper's; the reference has none).
     pub projector_out_affine: bool,
-    /// Whether the linear layer before that batch norm keeps a frozen bias, as the reference's files do. It changes no
-    /// gradient and no output: the batch norm subtracts it.
-    pub projector_out_bias: bool,
+    /// Whether the linear layer before that batch norm has a bias.
+    pub projector_out_bias: OutBias,
     /// Where there is batch norm.
     pub norm: HeadNorm,
     /// The predictor.
@@ -88,12 +100,12 @@ impl Heads {
         }
         let index = (self.projector_layers - 1) * 3;
         let normed = matches!(self.norm, HeadNorm::Default | HeadNorm::All);
-        if normed && self.projector_out_bias {
-            x = self.linear_with_frozen_bias(b, &format!("{prefix}{index}"), x)?;
-        } else {
-            x = b.linear(&format!("{prefix}{index}"), x, self.dim, !normed)?;
-        }
+        let bias = !normed || self.projector_out_bias != OutBias::None;
+        x = b.linear(&format!("{prefix}{index}"), x, self.dim, bias)?;
         if normed {
+            if self.projector_out_bias == OutBias::Frozen {
+                b.freeze_last();
+            }
             let norm = Norm { affine: self.projector_out_affine, ..Norm::PLAIN };
             x = b.batch_norm(&format!("{prefix}{}", index + 1), x, norm)?;
         }
@@ -122,14 +134,5 @@ impl Heads {
             return b.batch_norm(&format!("{prefix}{}", layer * 3 + 1), x, Norm::RELU);
         }
         b.tape.scoped(&format!("{prefix}{}", layer * 3 + 2), |tape| tape.record_one(Relu, &[x]))
-    }
-
-    fn linear_with_frozen_bias(&self, b: &mut Builder<'_>, name: &str, x: ValueId) -> Result<ValueId> {
-        let y = b.linear(name, x, self.dim, true)?;
-        if let Some(bias) = b.params.last_mut() {
-            bias.trainable = false;
-            b.tape.freeze(bias.value);
-        }
-        Ok(y)
     }
 }

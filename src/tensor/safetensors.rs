@@ -62,7 +62,18 @@ fn header(ordered: &[(&String, &HostTensor)], metadata: &BTreeMap<String, String
 pub fn read(path: &Path) -> Result<(NamedTensors, BTreeMap<String, String>)> {
     let file = File::open(path).map_err(Error::io("open", path))?;
     let length = file.metadata().map_err(Error::io("inspect", path))?.len();
-    let mut file = BufReader::new(file);
+    read_from(path, BufReader::new(file), length)
+}
+
+/// As [`read`], from a file held in memory; `path` names it in errors.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_bytes(path: &Path, bytes: &[u8]) -> Result<(NamedTensors, BTreeMap<String, String>)> {
+    read_from(path, bytes, bytes.len() as u64)
+}
+
+fn read_from(path: &Path, mut file: impl Read, length: u64) -> Result<(NamedTensors, BTreeMap<String, String>)> {
     let header = read_header(path, &mut file, length)?;
     let mut tensors = NamedTensors::new();
     for name in header.offset_keys() {

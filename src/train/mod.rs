@@ -5,3 +5,4 @@ pub mod metrics;
 pub mod monitor;
 pub mod progress;
 pub mod schedule;
+pub mod state;

@@ -1,0 +1,233 @@
+//! The op table: every op and gradient alone, in float64 and float32, against PyTorch's float64.
+
+use std::collections::{BTreeMap, HashMap};
+
+use serde::Deserialize;
+
+use super::{Golden, Worst};
+use crate::backend::cpu::Tier;
+use crate::error::{Error, Result};
+use crate::exec::{CpuExecutor, Executor};
+use crate::graph::{Role, Tape, ValueId, backward, builtin};
+use crate::ops::batch_norm::{BatchNorm, BatchNormEval, Fusion};
+use crate::ops::conv2d::Conv2d;
+use crate::ops::linear::Linear;
+use crate::ops::pool::{GlobalAvgPool, MaxPool};
+use crate::ops::relu::Relu;
+use crate::ops::sgd::{SgdUpdate, StepParam};
+use crate::ops::similarity::{Kind, Similarity};
+use crate::ops::slice_rows::SliceRows;
+use crate::ops::z_std::ZStd;
+use crate::tensor::{DType, TensorDesc};
+
+/// Error allowed in float64, relative to the largest value of the tensor.
+const F64_RTOL: f64 = 1e-11;
+/// Error allowed in float32 beyond three times PyTorch's own, relative to the largest value of the tensor.
+const F32_RTOL: f64 = 1e-6;
+
+/// One row of the table, as the file describes it.
+#[derive(Debug, Deserialize)]
+struct Case {
+    #[serde(flatten)]
+    op: OpCase,
+    /// PyTorch's own float32 error (largest absolute), by tensor.
+    #[serde(default)]
+    err32: HashMap<String, f64>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case")]
+enum OpCase {
+    Conv2d { stride: [usize; 2], padding: [usize; 2] },
+    BatchNorm { groups: usize, eps: f64, momentum: f64, relu: bool, residual: bool, affine: bool },
+    BatchNormEval { eps: f64, relu: bool, residual: bool, affine: bool },
+    Relu,
+    MaxPool { kernel: usize, stride: usize, padding: usize },
+    GlobalAvgPool,
+    Linear { bias: bool },
+    NegativeCosine { z_shift: usize },
+    SoftmaxXent { z_shift: usize },
+    ZStd,
+    Sgd { lr: f64, momentum: f64, weight_decay: f64 },
+    SliceRows { start: usize, len: usize },
+    Add,
+}
+
+/// Replays all cases; returns what was compared and the worst error.
+pub(super) fn replay(golden: &Golden, tier: Tier) -> Result<(String, Worst)> {
+    let cases: BTreeMap<String, Case> = serde_json::from_str(golden.meta("cases")?)
+        .map_err(|e| Error::format(&golden.path, None, format!("metadata: cases: {e}")))?;
+    let (mut worst, mut tensors) = (Worst::default(), 0);
+    for (name, case) in &cases {
+        for dtype in [DType::F64, DType::F32] {
+            tensors += Replay { golden, name, dtype, tier, tape: Tape::new(), leaves: Vec::new(), results: Vec::new() }
+                .run(case, &mut worst)?;
+        }
+    }
+    Ok((format!("{} ops cases, {tensors} tensors in f64 and f32", cases.len()), worst))
+}
+
+/// One case in one precision.
+struct Replay<'a> {
+    golden: &'a Golden,
+    name: &'a str,
+    dtype: DType,
+    tier: Tier,
+    tape: Tape,
+    /// Leaves and the values they start from.
+    leaves: Vec<(ValueId, Vec<f64>)>,
+    /// Values to compare, by tensor name after the case's (`out/y`, `d_in/x`).
+    results: Vec<(String, ValueId)>,
+}
+
+impl Replay<'_> {
+    fn run(mut self, case: &Case, worst: &mut Worst) -> Result<usize> {
+        self.record(&case.op)?;
+        let compared = self.results.len();
+        for (_, value) in &self.results {
+            self.tape.keep(*value);
+        }
+        let mut exec = CpuExecutor::poisoned(self.tape, self.tier)?;
+        for (leaf, values) in &self.leaves {
+            let dtype = exec.tape().desc(*leaf).dtype;
+            exec.write(*leaf, &encode(values, dtype))?;
+        }
+        exec.run_step()?;
+        if let Some(buffer) = exec.overrun() {
+            return Err(Error::Mismatch(format!("{}: a node wrote behind buffer {buffer}", self.name)));
+        }
+        for (tensor, value) in &self.results {
+            let expected = self.golden.values(&format!("{}/{tensor}", self.name))?;
+            let own_error = if self.dtype == DType::F32 { case.err32.get(tensor).copied().unwrap_or(0.0) } else { 0.0 };
+            let label = || format!("{}/{tensor} in {}", self.name, self.dtype);
+            compare(worst, label, &exec.read(*value)?.to_f64(), &expected, self.dtype, own_error);
+        }
+        Ok(compared)
+    }
+
+    fn record(&mut self, op: &OpCase) -> Result<()> {
+        match *op {
+            OpCase::Conv2d { stride, padding } => self.op(Conv2d { stride, padding }, &["x", "w"], &["y"]),
+            OpCase::BatchNorm { groups, eps, momentum, relu, residual, affine } => {
+                let fusion = Fusion { affine, residual, relu };
+                self.batch_norm(BatchNorm { groups, eps, momentum, fusion })
+            }
+            OpCase::BatchNormEval { eps, relu, residual, affine } => {
+                let names = ["x", "running_mean", "running_var"].into_iter();
+                let names: Vec<&str> = names.chain(optional_names(affine, residual)).collect();
+                self.op(BatchNormEval { eps, fusion: Fusion { affine, residual, relu } }, &names, &["y"])
+            }
+            OpCase::Relu => self.op(Relu, &["x"], &["y"]),
+            OpCase::MaxPool { kernel, stride, padding } => self.op(MaxPool { kernel, stride, padding }, &["x"], &["y"]),
+            OpCase::GlobalAvgPool => self.op(GlobalAvgPool, &["x"], &["y"]),
+            OpCase::Linear { bias } => self.op(Linear, if bias { &["x", "w", "b"] } else { &["x", "w"] }, &["y"]),
+            OpCase::NegativeCosine { z_shift } => {
+                self.op(Similarity { kind: Kind::Cosine, z_shift }, &["p", "z"], &["loss"])
+            }
+            OpCase::SoftmaxXent { z_shift } => {
+                self.op(Similarity { kind: Kind::SoftmaxXent, z_shift }, &["p", "z"], &["loss"])
+            }
+            OpCase::ZStd => self.op(ZStd, &["z"], &["z_std"]),
+            OpCase::Sgd { lr, momentum, weight_decay } => self.sgd([lr, lr, momentum, weight_decay]),
+            OpCase::SliceRows { start, len } => self.op(SliceRows { start, len }, &["x"], &["y"]),
+            OpCase::Add => self.op(builtin::Add, &["a", "b"], &["y"]),
+        }
+    }
+
+    /// Records an op over named inputs, its backward pass where the file has upstream gradients, and what to compare.
+    fn op(&mut self, op: impl crate::graph::Op + 'static, inputs: &[&str], outputs: &[&str]) -> Result<()> {
+        let inputs = self.inputs(inputs, Role::Input)?;
+        let recorded = self.tape.record(op, &inputs.iter().map(|(_, v)| *v).collect::<Vec<_>>())?;
+        self.differentiate(&inputs, outputs, &recorded)
+    }
+
+    fn batch_norm(&mut self, op: BatchNorm) -> Result<()> {
+        let names: Vec<&str> = ["x"].into_iter().chain(optional_names(op.fusion.affine, op.fusion.residual)).collect();
+        let inputs = self.inputs(&names, Role::Input)?;
+        let mut state = self.inputs(&["running_mean", "running_var"], Role::State)?;
+        let tracked = self.tape.leaf("num_batches_tracked", TensorDesc::new([], DType::I64), Role::State, false);
+        self.leaves.push((tracked, vec![0.0]));
+        let updates = [state[0].1, state[1].1, tracked];
+        let inputs_only: Vec<ValueId> = inputs.iter().map(|(_, v)| *v).collect();
+        let recorded = self.tape.record_updating(op, &inputs_only, &updates)?;
+        self.results.extend(state.drain(..).map(|(name, value)| (format!("out/{name}"), value)));
+        self.differentiate(&inputs, &["y", "mean", "rstd"], &recorded)
+    }
+
+    fn sgd(&mut self, step_params: [f64; StepParam::COUNT]) -> Result<()> {
+        let params = self.tape.leaf("step_params", StepParam::desc(), Role::Input, false);
+        self.leaves.push((params, step_params.to_vec()));
+        let gradient = self.inputs(&["g"], Role::Input)?[0].1;
+        let state = self.inputs(&["w", "v"], Role::Parameter)?;
+        let op = SgdUpdate { lr: vec![StepParam::Lr] };
+        self.tape.update(op, &[params, gradient], &[state[0].1, state[1].1])?;
+        self.results.extend(state.into_iter().map(|(name, value)| (format!("out/{name}"), value)));
+        Ok(())
+    }
+
+    /// Leaves holding the case's `in/<name>` tensors.
+    fn inputs(&mut self, names: &[&str], role: Role) -> Result<Vec<(String, ValueId)>> {
+        let leaf = |name: &&str| Ok((name.to_string(), self.leaf("in", name, role, role == Role::Input)?));
+        names.iter().map(leaf).collect()
+    }
+
+    fn leaf(&mut self, folder: &str, name: &str, role: Role, requires_grad: bool) -> Result<ValueId> {
+        let tensor = self.golden.tensor(&format!("{}/{folder}/{name}", self.name))?;
+        let desc = TensorDesc::new(tensor.desc().shape.dims(), self.dtype);
+        let value = self.tape.leaf(name, desc, role, requires_grad);
+        self.leaves.push((value, tensor.to_f64()));
+        Ok(value)
+    }
+
+    fn differentiate(&mut self, inputs: &[(String, ValueId)], outputs: &[&str], recorded: &[ValueId]) -> Result<()> {
+        let mut seeds = Vec::new();
+        for (name, &value) in outputs.iter().zip(recorded) {
+            self.results.push((format!("out/{name}"), value));
+            if self.golden.tensors.contains_key(&format!("{}/d_out/{name}", self.name)) {
+                seeds.push((value, self.leaf("d_out", name, Role::Input, false)?));
+            }
+        }
+        let gradients = backward(&mut self.tape, &seeds)?;
+        for (name, value) in inputs {
+            if self.golden.tensors.contains_key(&format!("{}/d_in/{name}", self.name)) {
+                let gradient = gradients.get(value).ok_or_else(|| {
+                    Error::Mismatch(format!("{}: the engine computes no gradient for {name}", self.name))
+                })?;
+                self.results.push((format!("d_in/{name}"), *gradient));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn optional_names(affine: bool, residual: bool) -> impl Iterator<Item = &'static str> {
+    let affine: &[&str] = if affine { &["gamma", "beta"] } else { &[] };
+    affine.iter().copied().chain(residual.then_some("residual"))
+}
+
+fn encode(values: &[f64], dtype: DType) -> Vec<u8> {
+    match dtype {
+        DType::F64 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        DType::I64 => values.iter().flat_map(|v| (*v as i64).to_le_bytes()).collect(),
+        _ => values.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect(),
+    }
+}
+
+/// The largest error of a tensor against `3 own_error + rtol max|expected|`.
+fn compare(
+    worst: &mut Worst,
+    label: impl FnOnce() -> String,
+    got: &[f64],
+    expected: &[f64],
+    dtype: DType,
+    own_error: f64,
+) {
+    let scale = expected.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
+    let rtol = if dtype == DType::F64 { F64_RTOL } else { F32_RTOL };
+    let error = match got.len() == expected.len() {
+        // f64::max would drop a NaN.
+        true => got.iter().zip(expected).map(|(g, e)| (g - e).abs()).fold(0.0, |m, d| if d <= m { m } else { d }),
+        false => f64::INFINITY,
+    };
+    worst.observe(label, error, 3.0 * own_error + rtol * scale + f64::MIN_POSITIVE);
+}
