@@ -3,6 +3,7 @@
 mod augment_preview;
 mod inspect;
 mod prepare;
+pub mod signals;
 
 use std::process::ExitCode;
 

@@ -168,7 +168,7 @@ mod tests {
             epoch: step / 4,
             loss: -(step as f64 / 7.0).sin(),
             z_std: f64::from(0.99_f32),
-            effective_rank: (step % 5 == 0).then_some(70.25),
+            effective_rank: (step.is_multiple_of(5)).then_some(70.25),
             lr: 0.1 / (step + 3) as f64,
             predictor_lr: 0.1,
             knn: (step % 4 == 3).then_some(0.784),
