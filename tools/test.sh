@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Every check of the project, from a fresh clone with nothing but Rust installed:
+# formatting, lints, all tests. Stops at the first failure.
+#
+#   SIMSIAM_REQUIRE_NVCC=1   a machine that cannot compile the CUDA kernels fails instead of testing the rest
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+[ -t 1 ] && export CARGO_TERM_COLOR=always
+summary=""
+
+# stage NAME COMMAND...: runs one stage; ends the script when it fails.
+stage() {
+    local name=$1 start=$SECONDS
+    shift
+    printf '\n== %s: %s\n' "$name" "$*"
+    if ! "$@" 2>&1 | tee "$log"; then
+        printf '\nFAILED at %s after %d s: %s\n' "$name" $((SECONDS - start)) "$*" >&2
+        exit 1
+    fi
+    printf -v summary '%s  %-15s %4d s\n' "$summary" "$name" $((SECONDS - start))
+}
+
+rust_tools() {
+    if ! command -v cargo >/dev/null; then
+        echo "cargo not found; hint: install Rust from https://rustup.rs"
+        return 1
+    fi
+    if ! { cargo fmt --version && cargo clippy --version; } >/dev/null 2>&1; then
+        echo "rustfmt or clippy is missing: adding them with rustup"
+        rustup component add rustfmt clippy || return 1
+    fi
+    cargo --version
+}
+
+# The kernels compile without a GPU. Where even the compiler cannot be had, the rest is still worth testing.
+cuda_compiler() {
+    if [ -n "${NVCC:-}" ]; then
+        echo "as NVCC says: $NVCC"
+    elif tools/install-nvcc.sh; then
+        echo "nvcc is there"
+    elif [ "${SIMSIAM_REQUIRE_NVCC:-0}" = 1 ]; then
+        return 1
+    else
+        echo "SKIPPED: going on without the CUDA kernels"
+    fi
+}
+
+stage "Rust" rust_tools
+stage "CUDA compiler" cuda_compiler
+stage "formatting" cargo fmt --check
+stage "lints" cargo clippy --all-targets -- -D warnings
+stage "tests" cargo test
+
+printf '\nAll stages passed\n%s' "$summary"
+awk '/^test result:/ { passed += $4; failed += $6; ignored += $8 }
+     END { printf "%d passed, %d failed, %d skipped\n", passed, failed, ignored }' "$log"
