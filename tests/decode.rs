@@ -31,9 +31,9 @@ fn pixels_are_those_of_pillow() {
                 assert_eq!((image.width, image.height), (width.parse().unwrap(), height.parse().unwrap()), "{name}");
                 assert_eq!(image.channels, 3);
                 let worst = worst(&image.pixels, &golden);
-                if worst > tolerance.parse().unwrap() {
-                    let mean = image.pixels.iter().zip(&golden).map(|(a, b)| f64::from(a.abs_diff(*b))).sum::<f64>()
-                        / golden.len() as f64;
+                let total: u32 = image.pixels.iter().zip(&golden).map(|(a, b)| u32::from(a.abs_diff(*b))).sum();
+                let mean = f64::from(total) / golden.len() as f64;
+                if worst > tolerance.parse().unwrap() || mean > 0.5 {
                     failures.push(format!("{name}: {worst} levels off (mean {mean:.2}), {tolerance} allowed"));
                 }
             }
@@ -71,18 +71,17 @@ fn no_cut_file_gives_a_wrong_picture() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// The same with an end-of-image marker behind the cut, as broken downloads and careless tools leave it.
+/// The same with an end-of-image marker behind the cut, as careless tools leave it. Lax decoders fill up with grey.
+/// Within the last blocks of the picture the loss can look like data, and a progressive file may end after any scan.
 #[test]
 fn a_cut_jpeg_with_an_end_marker_is_refused() {
     let mut wrong = Vec::new();
-    for line in manifest().iter().filter(|line| line[0].ends_with(".jpg")) {
-        let bytes = fs::read(fixtures().join(&line[0])).unwrap();
-        let whole = decode(&bytes).unwrap();
-        let cuts: Vec<usize> = (2..bytes.len() - 2)
-            .filter(|&cut| decode(&[&bytes[..cut], &[0xff, 0xd9]].concat()).is_ok_and(|image| image != whole))
-            .collect();
+    for name in ["444.jpg", "422.jpg", "420.jpg", "restart.jpg", "grey.jpg", "oriented.jpg", "cmyk.jpg", "ycck.jpg"] {
+        let bytes = fs::read(fixtures().join(name)).unwrap();
+        let cuts: Vec<usize> =
+            (2..bytes.len() - 20).filter(|&cut| decode(&[&bytes[..cut], &[0xff, 0xd9]].concat()).is_ok()).collect();
         if !cuts.is_empty() {
-            wrong.push(format!("{}: {} of {} cuts: {:?}", line[0], cuts.len(), bytes.len(), cuts));
+            wrong.push(format!("{name}: {} of {} cuts: {:?}", cuts.len(), bytes.len(), cuts));
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
