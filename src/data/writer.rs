@@ -132,7 +132,8 @@ impl Writer {
         let payload = Section { offset: HEADER_LEN as u64, len: self.at - HEADER_LEN as u64 };
         let index_bytes = bytemuck::cast_slice(&self.entries).to_vec();
         let index = self.put_section(&index_bytes)?;
-        let meta_bytes = serde_json::to_vec_pretty(meta).map_err(|e| Error::io("encode meta of", &self.out)(e.into()))?;
+        let meta_bytes =
+            serde_json::to_vec_pretty(meta).map_err(|e| Error::io("encode meta of", &self.out)(e.into()))?;
         let meta_section = self.put_section(&meta_bytes)?;
         let header = Header {
             magic: MAGIC,

@@ -181,7 +181,10 @@ fn check_size(width: u64, height: u64) -> Result<(), String> {
         return Err(format!("empty image: {width}x{height}"));
     }
     if width > u16::MAX.into() || height > u16::MAX.into() || width * height > MAX_PIXELS {
-        return Err(format!("{width}x{height} pixels: more than {} million, or a side over 65535", MAX_PIXELS / 1_000_000));
+        return Err(format!(
+            "{width}x{height} pixels: more than {} million, or a side over 65535",
+            MAX_PIXELS / 1_000_000
+        ));
     }
     Ok(())
 }
