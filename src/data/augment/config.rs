@@ -140,7 +140,8 @@ mod tests {
 
     #[test]
     fn each_bad_parameter_is_named() {
-        let cases: [(&str, fn(&mut AugmentConfig)); 9] = [
+        type Spoil = fn(&mut AugmentConfig);
+        let cases: [(&str, Spoil); 9] = [
             ("--image-size", |c| c.image_size = 0),
             ("--crop-scale", |c| c.crop_scale = [0.5, 0.2]),
             ("--crop-scale", |c| c.crop_scale = [0.2, 1.5]),

@@ -15,6 +15,8 @@ use std::ops::Range;
 pub use config::AugmentConfig;
 pub use params::{CropBox, Jitter, JitterOp, ViewParams};
 
+use crate::data::format::Codec;
+use crate::data::mapped::Record;
 use crate::error::{Error, Result};
 use blur::Blur;
 use crop::{Resizer, Span};
@@ -56,6 +58,16 @@ impl<'a> Image<'a> {
         }
         (self.original_width, self.original_height) = (width, height);
         Ok(self)
+    }
+
+    /// The image of a record of a dataset.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the record is not an image of a supported shape.
+    pub fn from_record(record: &Record<'a>) -> Result<Image<'a>> {
+        let Codec::Raw = record.codec;
+        let image = Image::new(record.pixels, record.width, record.height, record.channels)?;
+        image.with_original_size(record.original_width as u32, record.original_height as u32)
     }
 
     /// Width and height of the original.
