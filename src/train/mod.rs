@@ -1,6 +1,7 @@
 //! The training loop and what surrounds it: schedule, metrics, checkpoints, progress and the collapse monitor.
 
 pub mod checkpoint;
+pub mod config;
 pub mod metrics;
 pub mod monitor;
 pub mod progress;
