@@ -1,3 +1,4 @@
 //! What an encoder is worth.
 
+pub mod features;
 pub mod knn;

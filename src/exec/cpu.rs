@@ -5,7 +5,7 @@ use crate::backend::cpu::{CpuIo, Input, Output, Tier};
 use crate::error::{Error, Result};
 use crate::exec::Executor;
 use crate::graph::plan::Buffer;
-use crate::graph::{Plan, Tape, ValueId, WriteMode};
+use crate::graph::{Phase, Plan, Tape, ValueId, WriteMode};
 use crate::tensor::{DType, HostTensor, TensorDesc};
 
 /// Bytes between the buffers of a poisoned executor.
@@ -85,9 +85,14 @@ impl CpuExecutor {
         node.op.cpu(&mut io)
     }
 
-    fn is_finite(&self, value: ValueId) -> bool {
-        let bytes = self.arena.slice(self.plan.slot(value));
-        match self.tape.desc(value).dtype {
+    fn nodes_of(&self, phase: Phase) -> Vec<usize> {
+        let nodes = self.tape.nodes().iter().enumerate();
+        nodes.filter(|(_, node)| node.phase == phase).map(|(index, _)| index).collect()
+    }
+
+    fn is_finite(&self, slot: Slot, dtype: DType) -> bool {
+        let bytes = self.arena.slice(slot);
+        match dtype {
             DType::F32 => bytemuck::cast_slice::<u8, f32>(bytes).iter().all(|v| v.is_finite()),
             DType::F64 => bytemuck::cast_slice::<u8, f64>(bytes).iter().all(|v| v.is_finite()),
             DType::Bf16 => bytemuck::cast_slice::<u8, u16>(bytes).iter().all(|v| half::bf16::from_bits(*v).is_finite()),
@@ -97,8 +102,8 @@ impl CpuExecutor {
 }
 
 impl Executor for CpuExecutor {
-    fn run_step(&mut self) -> Result<()> {
-        (0..self.tape.nodes().len()).try_for_each(|index| self.run_node(index))
+    fn run_phase(&mut self, phase: Phase) -> Result<()> {
+        self.nodes_of(phase).into_iter().try_for_each(|index| self.run_node(index))
     }
 
     fn write(&mut self, value: ValueId, bytes: &[u8]) -> Result<()> {
@@ -131,12 +136,19 @@ impl Executor for CpuExecutor {
         &self.plan
     }
 
-    fn first_non_finite(&mut self) -> Result<Option<String>> {
-        for index in 0..self.tape.nodes().len() {
+    fn first_non_finite(&mut self, phase: Phase) -> Result<Option<String>> {
+        let leaves = self.tape.values().iter().enumerate().filter(|(_, v)| v.role.persistent());
+        for (i, value) in leaves {
+            if !self.is_finite(self.plan.slots[i], value.desc.dtype) {
+                return Ok(Some(format!("{} (not finite before the step)", value.name)));
+            }
+        }
+        for index in self.nodes_of(phase) {
             self.run_node(index)?;
             let node = &self.tape.nodes()[index];
-            if !node.outputs.iter().chain(&node.updates).all(|&v| self.is_finite(v)) {
-                return Ok(Some(node.name.clone()));
+            let finite = |&v: &ValueId| self.is_finite(self.plan.slot(v), self.tape.desc(v).dtype);
+            if !node.outputs.iter().chain(&node.updates).all(finite) {
+                return Ok(Some(format!("{} ({})", node.name, node.op.name())));
             }
         }
         Ok(None)

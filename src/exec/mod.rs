@@ -5,16 +5,24 @@ pub mod cpu;
 pub use cpu::CpuExecutor;
 
 use crate::error::Result;
-use crate::graph::{Plan, Tape, ValueId};
+use crate::graph::{Phase, Plan, Tape, ValueId};
 use crate::tensor::HostTensor;
 
 /// A prepared tape: memory placed, algorithms chosen, ready to replay.
 pub trait Executor: Send {
-    /// Runs every node once.
+    /// Runs every node of the given phase once.
     ///
     /// # Errors
     /// What a node finds wrong at run time.
-    fn run_step(&mut self) -> Result<()>;
+    fn run_phase(&mut self, phase: Phase) -> Result<()>;
+
+    /// Runs a whole step: forward, backward, update.
+    ///
+    /// # Errors
+    /// As [`Executor::run_phase`].
+    fn run_step(&mut self) -> Result<()> {
+        [Phase::Forward, Phase::Backward, Phase::Update].into_iter().try_for_each(|phase| self.run_phase(phase))
+    }
 
     /// Overwrites a persistent value; `bytes` are row-major and little-endian.
     ///
@@ -34,9 +42,10 @@ pub trait Executor: Send {
     /// Where everything lies.
     fn plan(&self) -> &Plan;
 
-    /// Runs the nodes one by one and returns the name of the first whose output has a NaN or an infinity.
+    /// Runs the nodes of a phase one by one; stops at the first whose output has a NaN or an infinity and returns its name.
+    /// A leaf that is not finite to begin with comes first.
     ///
     /// # Errors
-    /// As [`Executor::run_step`].
-    fn first_non_finite(&mut self) -> Result<Option<String>>;
+    /// As [`Executor::run_phase`].
+    fn first_non_finite(&mut self, phase: Phase) -> Result<Option<String>>;
 }

@@ -5,5 +5,7 @@ pub mod config;
 pub mod metrics;
 pub mod monitor;
 pub mod progress;
+pub mod run;
 pub mod schedule;
 pub mod state;
+pub mod trainer;
