@@ -1,6 +1,7 @@
 //! The command line: parse, resolve, run, exit code. One file per command.
 
 mod augment_preview;
+mod demo;
 mod inspect;
 mod meter;
 mod prepare;
@@ -21,6 +22,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Pretrain a small network on embedded images: the whole job in a few minutes.
+    Demo(demo::DemoArgs),
     /// Turn a folder of images (or IDX files) into one memory-mappable dataset file.
     Prepare(prepare::PrepareArgs),
     /// Show and verify a dataset file.
@@ -42,6 +45,7 @@ pub fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<()> {
     match command {
+        Command::Demo(args) => demo::run(args),
         Command::Prepare(args) => prepare::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::AugmentPreview(args) => augment_preview::run(args),
