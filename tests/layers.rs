@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 
 /// The layers from left to right. The groups of one layer do not know each other; the modules of one group may.
 const LAYERS: &[&[&[&str]]] = &[
-    &[&["error", "rng", "tensor"]],
+    &[&["error", "atomic", "rng", "tensor"]],
     &[&["data"], &["backend"]],
     &[&["graph"]],
     &[&["ops"]],
     &[&["exec"], &["nn"]],
     &[&["train"]],
-    &[&["eval", "export", "report"]],
+    &[&["eval", "export", "report", "selftest"]],
     &[&["cli"]],
 ];
 
@@ -82,6 +82,9 @@ fn check(file: &str, module: &[String], text: &str, ops: &BTreeSet<String>) -> V
     let tokens = without_tests(tokens(text));
     let mut violations = vec![];
     let mut report = |line: usize, what: String| violations.push(format!("{file}:{line}: {what}"));
+    if place(top).is_none() {
+        report(1, no_place(top));
+    }
     for (used, line) in used_modules(&tokens, module.len()) {
         if let Some(reason) = arrow_fault(top, &used) {
             report(line, reason);
@@ -101,22 +104,20 @@ fn check(file: &str, module: &[String], text: &str, ops: &BTreeSet<String>) -> V
     violations
 }
 
+/// The layer of a module and its group within it.
+fn place(module: &str) -> Option<(usize, usize)> {
+    let group_of = |layer: &&[&[&str]]| layer.iter().position(|group| group.contains(&module));
+    LAYERS.iter().enumerate().find_map(|(i, layer)| Some((i, group_of(layer)?)))
+}
+
+fn no_place(module: &str) -> String {
+    format!("module `{module}` has no place in the layer order: give it one in tests/layers.rs and ARCHITECTURE.md")
+}
+
 /// Why `from` may not use `to`, if it may not.
 fn arrow_fault(from: &str, to: &str) -> Option<String> {
-    let place = |name: &str| {
-        let groups = LAYERS
-            .iter()
-            .enumerate()
-            .flat_map(|(l, layer)| layer.iter().enumerate().map(move |(g, group)| (l, g, group)));
-        groups.into_iter().find(|(.., group)| group.contains(&name)).map(|(l, g, _)| (l, g))
-    };
-    let unknown = |name| {
-        Some(format!(
-            "module `{name}` has no place in the layer order: give it one in tests/layers.rs and ARCHITECTURE.md"
-        ))
-    };
-    let Some((from_layer, from_group)) = place(from) else { return unknown(from) };
-    let Some((to_layer, to_group)) = place(to) else { return unknown(to) };
+    let (from_layer, from_group) = place(from)?;
+    let Some((to_layer, to_group)) = place(to) else { return Some(no_place(to)) };
     if to_layer > from_layer {
         return Some(format!("`{from}` uses `{to}`, which stands to its right"));
     }

@@ -15,12 +15,14 @@ summary=""
 stage() {
     local name=$1 start=$SECONDS
     shift
-    printf '\n== %s: %s\n' "$name" "$*"
+    printf '\n== %s\n' "$name"
     if ! "$@" 2>&1 | tee "$log"; then
-        printf '\nFAILED at %s after %d s: %s\n' "$name" $((SECONDS - start)) "$*" >&2
+        printf '\nFAILED: %s, after %d s: %s\n' "$name" $((SECONDS - start)) "$*" >&2
         exit 1
     fi
-    printf -v summary '%s  %-15s %4d s\n' "$summary" "$name" $((SECONDS - start))
+    local skipped=""
+    grep -q '^SKIPPED' "$log" && skipped="  skipped"
+    printf -v summary '%s  %-15s %4d s%s\n' "$summary" "$name" $((SECONDS - start)) "$skipped"
 }
 
 rust_tools() {
@@ -48,7 +50,7 @@ cuda_compiler() {
     fi
 }
 
-stage "Rust" rust_tools
+stage "Rust tools" rust_tools
 stage "CUDA compiler" cuda_compiler
 stage "formatting" cargo fmt --check
 stage "lints" cargo clippy --all-targets -- -D warnings
