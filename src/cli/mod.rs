@@ -4,7 +4,10 @@ mod augment_preview;
 mod demo;
 mod inspect;
 mod meter;
+mod model_args;
 mod prepare;
+mod preset;
+mod recipe_args;
 pub mod signals;
 
 use std::process::ExitCode;
