@@ -276,3 +276,6 @@ fn pixels_of(start: f64, end: f64, stored: usize) -> Range<usize> {
     let first = (start as usize).min(stored - 1);
     first..(end.ceil() as usize).clamp(first + 1, stored)
 }
+
+#[cfg(test)]
+mod tests;
