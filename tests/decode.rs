@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use simsiam_engine::data::import::decode::{Image, decode, stretch};
+use simsiam_engine::rng::{Stream, below};
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/images")
@@ -92,5 +93,28 @@ fn what_is_no_image_is_named_so() {
     assert_eq!(decode(b"").unwrap_err(), "the file is empty");
     for text in [&b"hello"[..], b"BM a memo about nothing", b"\xff", b"<svg/>"] {
         assert_eq!(decode(text).unwrap_err(), "not a JPEG, PNG, GIF, BMP, WebP or TIFF image");
+    }
+}
+
+/// Damage without a checksum may go unseen, but it must not get past the checks of size, or out of the decoder as a panic.
+#[test]
+fn damaged_files_are_decoded_or_refused() {
+    for line in manifest().iter().filter(|line| line[0] != "resize") {
+        let bytes = fs::read(fixtures().join(&line[0])).unwrap();
+        for round in 0..300 {
+            let mut stream = Stream::new(round, 0, 0);
+            let mut damaged = bytes.clone();
+            for _ in 0..=below(stream.word(), 4) {
+                // Half of the hits in the headers.
+                let end = if stream.word() & 1 == 0 { bytes.len().min(700) } else { bytes.len() };
+                damaged[below(stream.word(), end as u32) as usize] = stream.word() as u8;
+            }
+            match decode(&damaged) {
+                Ok(image) => {
+                    assert_eq!(image.pixels.len(), usize::from(image.width) * usize::from(image.height) * 3);
+                }
+                Err(reason) => assert!(!reason.contains("inside the decoder"), "{} round {round}: {reason}", line[0]),
+            }
+        }
     }
 }

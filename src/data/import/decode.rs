@@ -156,8 +156,12 @@ fn scan_len(data: &[u8]) -> usize {
 }
 
 fn decode_other(bytes: &[u8], format: ImageFormat) -> Result<Image, String> {
-    let name = format!("{format:?}");
-    let reason = |e: image::ImageError| format!("{name}: {e}");
+    let name = format.extensions_str().first().map_or(String::new(), |extension| extension.to_uppercase());
+    // The source, where there is one, says the same without the name of the format.
+    let reason = |e: image::ImageError| match std::error::Error::source(&e) {
+        Some(source) => format!("{name}: {source}"),
+        None => format!("{name}: {e}"),
+    };
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     let mut limits = Limits::default();
     limits.max_alloc = Some(MAX_ALLOC);

@@ -195,7 +195,7 @@ fn read_stream<const N: usize>(
             "not an IDX file of {N} dimensions and unsigned bytes: starts with {:08x}, not {magic:08x}",
             word(0)
         );
-        return Err(Error::format(path, Some(0), what));
+        return Err(Error::format(path, Some(0), what).with_hint("prepare takes a folder of images, or IDX files"));
     }
     let dims: [u32; N] = std::array::from_fn(|i| word(i + 1));
     let promised = dims.iter().try_fold(1u64, |product, &dim| product.checked_mul(dim.into()));

@@ -20,6 +20,9 @@ use crate::rng::{Stream, below};
 /// Separates the draws of the order in the file from all others.
 const SHUFFLE_DOMAIN: u32 = 0x5348_5546;
 
+/// Bad images named in the message when there are too many.
+const BAD_SHOWN: usize = 5;
+
 /// Images by number. Any number may be loaded from any thread.
 pub trait Source: Sync {
     /// Short name for the meta text.
@@ -123,7 +126,8 @@ pub fn prepare(source: &dyn Source, root: &Path, out: &Path, options: &Options, 
             }
             Err(reason) => {
                 rejected.push((i, Rejected { path: source.name(i as usize), reason }));
-                if rejected.len() as f64 > allowed {
+                // No need to go through the rest of a large set; of a small one, tell more than the first.
+                if rejected.len() as f64 > allowed.max(BAD_SHOWN as f64) {
                     return Err(too_many_bad(root, &rejected, order.len(), options.max_bad));
                 }
             }
@@ -131,6 +135,9 @@ pub fn prepare(source: &dyn Source, root: &Path, out: &Path, options: &Options, 
         if watch(place + 1) { Ok(()) } else { Err(interrupted(out)) }
     })?;
     rejected.sort_by_key(|(i, _)| *i);
+    if rejected.len() as f64 > allowed {
+        return Err(too_many_bad(root, &rejected, order.len(), options.max_bad));
+    }
     let rejected: Vec<Rejected> = rejected.into_iter().map(|(_, rejected)| rejected).collect();
     let meta = Meta {
         classes: source.classes().to_vec(),
@@ -218,14 +225,14 @@ fn in_order<T: Send>(
 }
 
 fn too_many_bad(root: &Path, rejected: &[(u32, Rejected)], total: usize, max_bad: f64) -> Error {
-    let shown: Vec<String> = rejected.iter().take(3).map(|(_, r)| format!("{} ({})", r.path, r.reason)).collect();
+    let shown = rejected.iter().take(BAD_SHOWN).map(|(_, bad)| format!("{} ({})", bad.path, bad.reason));
+    let shown = shown.collect::<Vec<_>>().join("; ");
+    let (more, count) = if rejected.len() > BAD_SHOWN { ("; ...", "at least ") } else { ("", "") };
     let what = format!(
-        "{} of {total} images cannot be used, more than the {max_bad} % allowed: {}{}",
-        rejected.len(),
-        shown.join("; "),
-        if rejected.len() > 3 { "; ..." } else { "" }
+        "{count}{} of {total} images cannot be used, more than the {max_bad} % allowed: {shown}{more}",
+        rejected.len()
     );
-    Error::format(root, None, what).with_hint("--max-bad PERCENT allows more")
+    Error::format(root, None, what).with_hint("--max-bad PERCENT allows more, and lists them all")
 }
 
 fn interrupted(out: &Path) -> Error {
