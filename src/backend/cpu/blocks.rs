@@ -11,11 +11,11 @@ use super::gemm::{Mat, Real, gemm_raw};
 /// A block of a mutable matrix that no other task can reach.
 #[derive(Debug)]
 pub struct Block<'a, T> {
-    ptr: *mut T,
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-    col_stride: usize,
+    pub(super) ptr: *mut T,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) row_stride: usize,
+    pub(super) col_stride: usize,
     matrix: PhantomData<&'a mut [T]>,
 }
 

@@ -3,10 +3,12 @@
 #![allow(unsafe_code)] // one call into the `gemm` crate, whose interface is raw pointers
 
 use std::iter::Sum;
+use std::sync::LazyLock;
 
 use bytemuck::Pod;
 
 use super::blocks::Block;
+use super::kernel::{self, Kernel};
 
 /// Element types the CPU backend computes in: f32 for training, f64 for gradient checks.
 pub trait Real:
@@ -34,6 +36,8 @@ pub trait Real:
     fn of(value: f64) -> Self;
     /// To f64, exactly.
     fn to_f64(self) -> f64;
+    /// The best kernel of this machine.
+    fn kernel() -> Kernel<Self>;
 }
 
 impl Real for f32 {
@@ -45,6 +49,10 @@ impl Real for f32 {
     fn to_f64(self) -> f64 {
         f64::from(self)
     }
+    fn kernel() -> Kernel<f32> {
+        static BEST: LazyLock<Kernel<f32>> = LazyLock::new(|| kernel::f32_kernels()[0]);
+        *BEST
+    }
 }
 
 impl Real for f64 {
@@ -55,6 +63,10 @@ impl Real for f64 {
     }
     fn to_f64(self) -> f64 {
         self
+    }
+    fn kernel() -> Kernel<f64> {
+        static BEST: LazyLock<Kernel<f64>> = LazyLock::new(|| kernel::f64_kernels()[0]);
+        *BEST
     }
 }
 

@@ -4,8 +4,11 @@ pub mod arena;
 pub mod blocks;
 pub mod gemm;
 pub mod io;
+pub mod kernel;
+pub mod panels;
 pub mod scratch;
 
 pub use blocks::{Block, gemm_blocks, par_blocks};
 pub use gemm::{Mat, Real, gemm};
 pub use io::{CpuIo, Input, Output, Tier};
+pub use panels::Panels;

@@ -2,18 +2,21 @@
 //! is ever made. Blocks and the order of sums depend on the geometry alone, so results are bit-identical for any number of
 //! threads.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::gather::{Gather, Run, dgrad_kernel_tap};
 use super::geometry::ConvGeometry;
+use crate::backend::cpu::panels::pack_panel;
 use crate::backend::cpu::scratch::with_scratch;
-use crate::backend::cpu::{Block, Mat, Real, par_blocks};
+use crate::backend::cpu::{Block, Mat, Panels, Real, par_blocks};
 
 /// Longest chain of sums in working precision; longer inner dimensions are cut into such chunks, whose results are added in
 /// order. One chain of 4608 products would lose a digit.
 const MAX_CHAIN: usize = 384;
 
-/// Grid pixels of a task.
+/// Grid pixels of a task: enough to pay for streaming the weights, few enough that a tile of patches stays in the L2 cache.
 const TASK_PIXELS: usize = 140;
 
 /// y = x * w.
@@ -23,11 +26,14 @@ const TASK_PIXELS: usize = 140;
 pub fn forward<T: Real>(g: &ConvGeometry, x: &[T], w: &[T], y: &mut [T]) {
     g.check_lengths(x.len(), w.len(), y.len());
     let gather = Gather::forward(g);
-    let weights = Mat::row_major(w, g.c_out, g.patch()).t();
-    let y = Mat::row_major(y, g.n * g.oh() * g.ow(), g.c_out);
-    par_blocks(y, [TASK_PIXELS, g.c_out], |mut y, pixel, _| {
-        let runs = gather.runs(pixel..pixel + y.rows());
-        multiply_patches(&gather, x, runs, weights, &mut y, false);
+    let patch = g.patch();
+    with_scratch(Panels::<T>::size(patch, g.c_out), |memory| {
+        let w = Mat::row_major(w, g.c_out, patch).t();
+        for_each_panel(memory, patch, g.c_out, |panel, columns| {
+            pack_panel(w.sub(0, columns.start, patch, columns.len()), Panels::<T>::width(), panel);
+        });
+        let weights = Panels::new(memory, patch, g.c_out);
+        multiply_grid(&gather, x, weights, Mat::row_major(y, g.n * g.oh() * g.ow(), g.c_out), false);
     });
 }
 
@@ -37,12 +43,15 @@ pub fn forward<T: Real>(g: &ConvGeometry, x: &[T], w: &[T], y: &mut [T]) {
 /// If a slice does not have the length that the geometry gives it.
 pub fn dgrad<T: Real>(g: &ConvGeometry, d_y: &[T], w: &[T], d_x: &mut [T], accumulate: bool) {
     g.check_lengths(d_x.len(), w.len(), d_y.len());
-    with_scratch(w.len(), |weights| {
-        transpose_weights(g, w, weights);
+    // Each tap of the kernel belongs to exactly one phase: together the phases' weights are as many as the weights.
+    with_scratch(Panels::<T>::size(g.kernel[0] * g.kernel[1] * g.c_out, g.c_in), |memory| {
+        pack_dgrad_weights(g, w, memory);
         if g.stride == [1, 1] {
-            dgrad_dense(g, d_y, weights, d_x, accumulate);
+            let gather = Gather::dgrad(g, [0, 0]);
+            let weights = Panels::new(memory, gather.patch(), g.c_in);
+            multiply_grid(&gather, d_y, weights, Mat::row_major(d_x, g.n * g.h * g.w, g.c_in), accumulate);
         } else {
-            dgrad_strided(g, d_y, weights, d_x, accumulate);
+            dgrad_strided(g, d_y, memory, d_x, accumulate);
         }
     });
 }
@@ -77,35 +86,67 @@ pub fn wgrad<T: Real>(g: &ConvGeometry, x: &[T], d_y: &[T], d_w: &mut [T], accum
     });
 }
 
-/// Patches of `runs` times `weights` into `to`.
+/// The patches of all grid pixels times `weights`.
+fn multiply_grid<T: Real>(gather: &Gather, source: &[T], weights: Panels<T>, to: Mat<&mut [T]>, accumulate: bool) {
+    let block = [even_part(to.rows, TASK_PIXELS), to.cols];
+    par_blocks(to, block, |mut to, pixel, _| {
+        let runs = gather.runs(pixel..pixel + to.rows());
+        multiply_patches(gather, source, runs, weights, &mut to, accumulate);
+    });
+}
+
+/// The patches of `runs` times `weights`, on the calling thread.
 fn multiply_patches<T: Real>(
     gather: &Gather,
     source: &[T],
     runs: impl Iterator<Item = Run> + Clone,
-    weights: Mat<&[T]>,
+    weights: Panels<T>,
     to: &mut Block<'_, T>,
     accumulate: bool,
 ) {
-    let inner = weights.rows;
-    let chunk = even_part(inner, MAX_CHAIN);
+    let chunk = even_part(gather.patch(), MAX_CHAIN);
+    if gather.is_identity() && reads_well_in_place::<T>(gather.channels) {
+        let first = runs.clone().next().map_or(0, |run| run.row * gather.axes[1].grid + run.x);
+        let patches = Mat::row_major(&source[first * gather.channels..], to.rows(), gather.channels);
+        for columns in parts(0..gather.channels, chunk) {
+            let part = patches.sub(0, columns.start, to.rows(), columns.len());
+            to.multiply(part, weights, columns.clone(), accumulate || columns.start > 0);
+        }
+        return;
+    }
     with_scratch(to.rows() * chunk, |tile| {
-        let mut start = 0;
-        loop {
-            let len = chunk.min(inner - start);
-            gather.pack(source, runs.clone(), start..start + len, tile, chunk);
-            let patches = Mat::strided(&*tile, to.rows(), len, chunk);
-            to.gemm(patches, weights.sub(start, 0, len, weights.cols), accumulate || start > 0);
-            start += len;
-            if start == inner {
-                break;
-            }
+        for columns in parts(0..gather.patch(), chunk) {
+            gather.pack_rows(source, runs.clone(), columns.clone(), tile, chunk);
+            let patches = Mat::strided(&*tile, to.rows(), columns.len(), chunk);
+            to.multiply(patches, weights, columns.clone(), accumulate || columns.start > 0);
         }
     });
 }
 
-/// Size of the parts when `total` is cut into equal ones of at most `limit`; at least 1.
+/// Whether the rows of a register tile, one source pixel each, find room in the L1 cache side by side. Rows a multiple of
+/// 2 KiB apart would crowd into a few of its sets: they are better copied.
+fn reads_well_in_place<T>(channels: usize) -> bool {
+    !(channels * size_of::<T>()).is_multiple_of(2048)
+}
+
+/// Size of the parts when `total` is cut into nearly equal ones of at most `limit`; at least 1.
 fn even_part(total: usize, limit: usize) -> usize {
     total.div_ceil(total.div_ceil(limit).max(1)).max(1)
+}
+
+/// `range` in parts of `size`; an empty range is one empty part, so that products with it still write their zeros.
+fn parts(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
+    let count = range.len().div_ceil(size).max(1);
+    (0..count).map(move |i| range.start + i * size..(range.start + (i + 1) * size).min(range.end))
+}
+
+/// Fills the panels of an `inner` x `cols` matrix in parallel; `f` gets the memory and the columns of a panel.
+fn for_each_panel<T: Real>(memory: &mut [T], inner: usize, cols: usize, f: impl Fn(&mut [T], Range<usize>) + Sync) {
+    let width = Panels::<T>::width();
+    let memory = &mut memory[..Panels::<T>::size(inner, cols)];
+    memory.par_chunks_mut((inner * width).max(1)).enumerate().for_each(|(i, panel)| {
+        f(panel, i * width..((i + 1) * width).min(cols));
+    });
 }
 
 /// All phases of the stride, in the order in which their weights are stored.
@@ -114,31 +155,23 @@ fn phases(g: &ConvGeometry) -> impl Iterator<Item = [usize; 2]> {
     (0..down * across).map(move |i| [i / across, i % across])
 }
 
-/// Weights for the input gradient: for each phase a matrix `[taps y][taps x][c_out]` x `[c_in]`. A tap belongs to exactly one
-/// phase, so together they are as long as the weights.
-fn transpose_weights<T: Real>(g: &ConvGeometry, w: &[T], mut to: &mut [T]) {
+/// Panels for the input gradient: for each phase those of a matrix `[taps y][taps x][c_out]` x `[c_in]`.
+fn pack_dgrad_weights<T: Real>(g: &ConvGeometry, w: &[T], mut memory: &mut [T]) {
+    let width = Panels::<T>::width();
     for phase in phases(g) {
         let gather = Gather::dgrad(g, phase);
-        let (matrix, rest) = to.split_at_mut(gather.patch() * g.c_in);
-        matrix.par_chunks_mut(g.c_in).enumerate().for_each(|(row, to)| {
-            let (co, tap) = (row % g.c_out, row / g.c_out);
-            let ky = dgrad_kernel_tap(g, 0, phase[0], tap / gather.axes[1].taps);
-            let kx = dgrad_kernel_tap(g, 1, phase[1], tap % gather.axes[1].taps);
-            let start = ((co * g.kernel[0] + ky) * g.kernel[1] + kx) * g.c_in;
-            to.copy_from_slice(&w[start..start + g.c_in]);
+        let (panels, rest) = memory.split_at_mut(Panels::<T>::size(gather.patch(), g.c_in));
+        for_each_panel(panels, gather.patch(), g.c_in, |panel, columns| {
+            for (tap, part) in panel.chunks_exact_mut(g.c_out * width).enumerate() {
+                let ky = dgrad_kernel_tap(g, 0, phase[0], tap / gather.axes[1].taps);
+                let kx = dgrad_kernel_tap(g, 1, phase[1], tap % gather.axes[1].taps);
+                let tap = &w[(ky * g.kernel[1] + kx) * g.c_in..];
+                let tap = Mat::strided(tap, g.c_out, g.c_in, g.patch());
+                pack_panel(tap.sub(0, columns.start, g.c_out, columns.len()), width, part);
+            }
         });
-        to = rest;
+        memory = rest;
     }
-}
-
-fn dgrad_dense<T: Real>(g: &ConvGeometry, d_y: &[T], weights: &[T], d_x: &mut [T], accumulate: bool) {
-    let gather = Gather::dgrad(g, [0, 0]);
-    let weights = Mat::row_major(weights, gather.patch(), g.c_in);
-    let d_x = Mat::row_major(d_x, g.n * g.h * g.w, g.c_in);
-    par_blocks(d_x, [TASK_PIXELS, g.c_in], |mut d_x, pixel, _| {
-        let runs = gather.runs(pixel..pixel + d_x.rows());
-        multiply_patches(&gather, d_y, runs, weights, &mut d_x, accumulate);
-    });
 }
 
 /// A task is a band of lines of `d_x`; each phase of the stride is a product of its own, then scattered into the band.
@@ -150,12 +183,12 @@ fn dgrad_strided<T: Real>(g: &ConvGeometry, d_y: &[T], weights: &[T], d_x: &mut 
         let mut weights = weights;
         for phase in phases(g) {
             let gather = Gather::dgrad(g, phase);
-            let (matrix, rest) = weights.split_at(gather.patch() * g.c_in);
+            let (panels, rest) = weights.split_at(Panels::<T>::size(gather.patch(), g.c_in));
             weights = rest;
             let width = gather.axes[1].grid;
             let of_phase = lines.clone().filter(|l| l % g.h % g.stride[0] == phase[0]);
             let pixels = of_phase.clone().count() * width;
-            if pixels == 0 || (matrix.is_empty() && accumulate) {
+            if pixels == 0 || (panels.is_empty() && accumulate) {
                 continue;
             }
             let runs = of_phase.clone().map(|l| Run {
@@ -165,8 +198,8 @@ fn dgrad_strided<T: Real>(g: &ConvGeometry, d_y: &[T], weights: &[T], d_x: &mut 
             });
             with_scratch(pixels * g.c_in, |product| {
                 let mut to = Block::whole(Mat::row_major(&mut *product, pixels, g.c_in));
-                let matrix = Mat::row_major(matrix, gather.patch(), g.c_in);
-                multiply_patches(&gather, d_y, runs, matrix, &mut to, false);
+                let panels = Panels::new(panels, gather.patch(), g.c_in);
+                multiply_patches(&gather, d_y, runs, panels, &mut to, false);
                 let targets = of_phase.flat_map(|l| {
                     (0..width).map(move |x| ((l - lines.start) * g.w + x * g.stride[1] + phase[1]) * g.c_in)
                 });
@@ -183,15 +216,20 @@ fn dgrad_strided<T: Real>(g: &ConvGeometry, d_y: &[T], weights: &[T], d_x: &mut 
     });
 }
 
-/// Columns of the weight matrix, and pixels, that a step of the weight gradient takes.
-const WGRAD_COLUMNS: usize = 288;
+/// Pixels, and most columns of the weight matrix, that a step of the weight gradient takes.
 const WGRAD_PIXELS: usize = 256;
+const WGRAD_COLUMNS: usize = 288;
+
+/// Columns of a task of the weight gradient: whole panels of any width.
+fn wgrad_columns(g: &ConvGeometry) -> usize {
+    even_part(g.patch(), WGRAD_COLUMNS).next_multiple_of(32)
+}
 
 /// Into how many sums over parts of the pixels the weight gradient is cut, so that small weights make enough tasks too.
 fn wgrad_splits(g: &ConvGeometry) -> usize {
     const ENOUGH_TASKS: usize = 16;
     const MAX_ELEMENTS: usize = 1 << 22;
-    let tasks = g.patch().div_ceil(even_part(g.patch(), WGRAD_COLUMNS));
+    let tasks = g.patch().div_ceil(wgrad_columns(g));
     let chunks = (g.n * g.oh() * g.ow()).div_ceil(WGRAD_PIXELS);
     ENOUGH_TASKS.div_ceil(tasks).min(chunks).min(MAX_ELEMENTS / g.w_len()).max(1)
 }
@@ -201,24 +239,20 @@ fn wgrad_partials<T: Real>(g: &ConvGeometry, x: &[T], d_y: &[T], to: &mut [T], s
     let gather = Gather::forward(g);
     let pixels = g.n * g.oh() * g.ow();
     let part = pixels.div_ceil(splits);
-    let columns = even_part(g.patch(), WGRAD_COLUMNS);
+    let columns = wgrad_columns(g);
     let to = Mat::row_major(to, splits * g.c_out, g.patch());
     par_blocks(to, [g.c_out, columns], |mut to, row, column| {
         let split = row / g.c_out;
-        let width = to.cols();
+        let columns = column..column + to.cols();
         let pixels = (part * split).min(pixels)..(part * (split + 1)).min(pixels);
-        with_scratch(WGRAD_PIXELS * width, |tile| {
-            let mut start = pixels.start;
-            loop {
-                let end = (start + WGRAD_PIXELS).min(pixels.end);
-                gather.pack(x, gather.runs(start..end), column..column + width, tile, width);
-                let d_y = Mat::row_major(&d_y[start * g.c_out..end * g.c_out], end - start, g.c_out).t();
-                let patches = Mat::row_major(&*tile, end - start, width);
-                to.gemm(d_y, patches, accumulate || start > pixels.start);
-                start = end;
-                if start == pixels.end {
-                    break;
-                }
+        let first = pixels.start;
+        with_scratch(Panels::<T>::size(WGRAD_PIXELS, columns.len()), |tile| {
+            for pixels in parts(pixels, WGRAD_PIXELS) {
+                gather.pack_panels(x, gather.runs(pixels.clone()), columns.clone(), tile, Panels::<T>::width());
+                let patches = Panels::new(tile, pixels.len(), columns.len());
+                let d_y = &d_y[pixels.start * g.c_out..pixels.end * g.c_out];
+                let d_y = Mat::row_major(d_y, pixels.len(), g.c_out).t();
+                to.multiply(d_y, patches, 0..pixels.len(), accumulate || pixels.start > first);
             }
         });
     });

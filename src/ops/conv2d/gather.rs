@@ -41,6 +41,19 @@ pub(super) struct Run {
     pub count: usize,
 }
 
+/// One grid pixel, its row counted through all images.
+#[derive(Debug, Clone, Copy)]
+struct Pixel {
+    row: usize,
+    x: usize,
+}
+
+impl Run {
+    fn pixels(self) -> impl Iterator<Item = Pixel> {
+        (self.x..self.x + self.count).map(move |x| Pixel { row: self.row, x })
+    }
+}
+
 impl Gather {
     /// The forward pass: output pixels read the input.
     pub fn forward(g: &ConvGeometry) -> Gather {
@@ -87,44 +100,79 @@ impl Gather {
         })
     }
 
-    /// Writes columns `columns` of the patches of `runs` to `tile`, whose rows are `tile_stride` apart.
-    pub fn pack<T: Real>(
+    /// Whether each patch is just the pixel at the same place.
+    pub fn is_identity(&self) -> bool {
+        self.axes.iter().all(|axis| axis.taps == 1 && axis.stride == 1 && axis.first == 0)
+    }
+
+    /// Writes columns `columns` of the patches of `runs` to the rows of `tile`, which are `stride` apart.
+    pub fn pack_rows<T: Real>(
         &self,
         source: &[T],
         runs: impl Iterator<Item = Run>,
         columns: Range<usize>,
         tile: &mut [T],
-        tile_stride: usize,
+        stride: usize,
     ) {
-        let mut rows = tile.chunks_mut(tile_stride);
-        for run in runs {
-            for (x, row) in (run.x..run.x + run.count).zip(rows.by_ref()) {
-                self.pack_patch(source, run.row, x, columns.clone(), &mut row[..columns.len()]);
+        for (tile, pixel) in tile.chunks_mut(stride).zip(runs.flat_map(Run::pixels)) {
+            self.pieces(source, pixel, columns.clone(), |offset, line, start, len| {
+                copy_clipped(line, start, &mut tile[offset..offset + len]);
+            });
+        }
+    }
+
+    /// As [`Gather::pack_rows`], but cut into panels of `width` columns, one panel of all the patches after the other; the
+    /// last one is filled up with zeros.
+    pub fn pack_panels<T: Real>(
+        &self,
+        source: &[T],
+        runs: impl Iterator<Item = Run> + Clone,
+        columns: Range<usize>,
+        tile: &mut [T],
+        width: usize,
+    ) {
+        let pixels: usize = runs.clone().map(|run| run.count).sum();
+        for (pixel, at) in runs.flat_map(Run::pixels).enumerate() {
+            self.pieces(source, at, columns.clone(), |mut offset, line, mut start, mut len| {
+                while len > 0 {
+                    let part = len.min(width - offset % width);
+                    let to = (offset / width * pixels + pixel) * width + offset % width;
+                    copy_clipped(line, start, &mut tile[to..to + part]);
+                    (offset, start, len) = (offset + part, start + part as isize, len - part);
+                }
+            });
+        }
+        if !columns.len().is_multiple_of(width) {
+            let last = columns.len() / width * pixels * width;
+            for row in tile[last..].chunks_exact_mut(width).take(pixels) {
+                row[columns.len() % width..].fill(T::ZERO);
             }
         }
     }
 
-    /// Columns `columns` of one patch.
-    fn pack_patch<T: Real>(&self, source: &[T], row: usize, x: usize, columns: Range<usize>, mut to: &mut [T]) {
+    /// Calls `f` for each contiguous piece of columns `columns` of one patch: its offset, the line of the source it lies on
+    /// (empty above and below the image), where on (or beside) that line it starts, its length.
+    #[inline(always)]
+    fn pieces<T: Real>(
+        &self,
+        source: &[T],
+        pixel: Pixel,
+        columns: Range<usize>,
+        mut f: impl FnMut(usize, &[T], isize, usize),
+    ) {
         let [vertical, horizontal] = self.axes;
-        let (image, y) = (row / vertical.grid, row % vertical.grid);
+        let (image, y) = (pixel.row / vertical.grid, pixel.row % vertical.grid);
         let tap_row = horizontal.taps * self.channels;
         let line = horizontal.size * self.channels;
-        // Where the row of taps starts, relative to the line of the source, in elements.
-        let start = ((x * horizontal.stride) as isize + horizontal.first) * self.channels as isize;
+        let start = ((pixel.x * horizontal.stride) as isize + horizontal.first) * self.channels as isize;
         let mut column = columns.start;
         while column < columns.end {
             let (tap_y, offset) = (column / tap_row, column % tap_row);
             let len = (tap_row - offset).min(columns.end - column);
-            let (piece, rest) = to.split_at_mut(len);
             let source_y = (y * vertical.stride + tap_y) as isize + vertical.first;
-            if (0..vertical.size as isize).contains(&source_y) {
-                let line_start = (image * vertical.size + source_y as usize) * line;
-                copy_clipped(&source[line_start..line_start + line], start + offset as isize, piece);
-            } else {
-                piece.fill(T::ZERO);
-            }
-            to = rest;
+            let inside = (0..vertical.size as isize).contains(&source_y);
+            let line = if inside { &source[(image * vertical.size + source_y as usize) * line..][..line] } else { &[] };
+            f(column - columns.start, line, start + offset as isize, len);
             column += len;
         }
     }
