@@ -1,0 +1,211 @@
+//! `train`: pretraining on a dataset file, and its continuation.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::augment_args::AugmentArgs;
+use super::model_args::ModelArgs;
+use super::preset::Preset;
+use super::recipe_args::RecipeArgs;
+use super::signals;
+use crate::backend::cpu::Tier;
+use crate::data::mapped::Dataset;
+use crate::error::{Error, Result};
+use crate::eval::features::{FeatureExtractor, KnnProbe};
+use crate::eval::knn::Knn;
+use crate::train::config::{KnnMonitor, Logging, Machine, RunConfig};
+use crate::train::run::{Probe, Run, RunFolder, Summary};
+
+#[derive(Debug, clap::Args)]
+pub struct TrainArgs {
+    /// Dataset file, as `prepare` writes it.
+    #[arg(required_unless_present = "resume", conflicts_with = "resume")]
+    data: Option<PathBuf>,
+    /// New directory for configuration, metrics and checkpoints.
+    #[arg(long, value_name = "DIR", required_unless_present = "resume", conflicts_with = "resume")]
+    run: Option<PathBuf>,
+    /// Continue the run in DIR at its newest checkpoint, bit for bit as if it had not stopped.
+    #[arg(long, value_name = "DIR")]
+    resume: Option<PathBuf>,
+    /// Recipe that the defaults come from.
+    #[arg(long, value_enum, default_value_t)]
+    preset: Preset,
+    /// Seed of initialisation, order and augmentation.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    #[command(flatten)]
+    recipe: RecipeArgs,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    augment: AugmentArgs,
+    #[command(flatten)]
+    log: LogArgs,
+    #[command(flatten)]
+    machine: MachineArgs,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Metrics and checkpoints")]
+struct LogArgs {
+    /// Log a line every N steps.
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    log_every: u64,
+    /// Measure the effective rank of z every N steps, and at the end of every epoch.
+    #[arg(long, value_name = "N", default_value_t = 500)]
+    rank_every: u64,
+    /// Write a checkpoint every N epochs, and at the end.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    checkpoint_epochs: u64,
+    /// Write a checkpoint every N steps as well; 0: no.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    checkpoint_steps: u64,
+    /// Keep the newest N checkpoints.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    keep_last: usize,
+    /// Labelled dataset file whose images vote in the kNN figure.
+    #[arg(long, value_name = "FILE", requires = "knn_queries")]
+    knn_bank: Option<PathBuf>,
+    /// Labelled dataset file whose images are classified in the kNN figure.
+    #[arg(long, value_name = "FILE", requires = "knn_bank")]
+    knn_queries: Option<PathBuf>,
+    /// Neighbours that vote.
+    #[arg(long, value_name = "K", default_value_t = 200)]
+    knn_k: usize,
+    /// Temperature T of the votes, exp(cos / T).
+    #[arg(long, value_name = "T", default_value_t = 0.2)]
+    knn_temperature: f64,
+    /// Measure the kNN figure every N epochs, and at the end.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    knn_every: u64,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Machine")]
+struct MachineArgs {
+    /// Where to train.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Threads that read and augment images [default: 1; with --resume, as before].
+    #[arg(long, value_name = "N")]
+    workers: Option<usize>,
+    /// Implementation of the CPU's convolutions.
+    #[arg(long, value_enum, default_value_t)]
+    cpu_conv: Tier,
+    /// Look for NaN and infinity in the output of every node, every step (slower); with --resume too.
+    #[arg(long)]
+    check: bool,
+}
+
+pub fn run(args: TrainArgs) -> Result<()> {
+    super::check_device(&args.machine.device)?;
+    let interrupt = signals::install()?;
+    let (folder, config) = match &args.resume {
+        Some(path) => resume(&args, path)?,
+        None => start(&args)?,
+    };
+    let dataset = Arc::new(Dataset::open(&config.data)?);
+    let probe = config.knn.as_ref().map(|knn| probe(&config, knn)).transpose()?;
+    let run = Run::new(&folder, &config, dataset, probe)?;
+    describe(&folder, &config, &run);
+    let summary = run.train(&|| interrupt.interrupted())?;
+    conclude(&folder, &summary);
+    Ok(())
+}
+
+/// A new run. Everything that can be wrong is looked at before the directory is made.
+fn start(args: &TrainArgs) -> Result<(RunFolder, RunConfig)> {
+    let (Some(data), Some(path)) = (&args.data, &args.run) else {
+        return Err(Error::config("train", "expected a dataset file and --run DIR, or --resume DIR"));
+    };
+    let config = RunConfig {
+        data: absolute(data)?,
+        seed: args.seed,
+        recipe: args.recipe.resolve(args.preset),
+        model: args.model.resolve(args.preset)?,
+        augment: args.augment.resolve(args.preset)?,
+        log: Logging {
+            every: args.log.log_every,
+            rank_every: args.log.rank_every,
+            checkpoint_epochs: args.log.checkpoint_epochs,
+            checkpoint_steps: args.log.checkpoint_steps,
+            keep_last: args.log.keep_last,
+        },
+        knn: knn_monitor(&args.log)?,
+        machine: Machine {
+            workers: args.machine.workers.unwrap_or(1),
+            cpu_conv: args.machine.cpu_conv,
+            check: args.machine.check,
+        },
+    };
+    config.validate()?;
+    let dataset = Dataset::open(data)?;
+    config.schedule(crate::data::loader::steps_per_epoch(dataset.len(), config.recipe.batch)).validate()?;
+    Ok((RunFolder::create(path, &config)?, config))
+}
+
+fn resume(args: &TrainArgs, path: &std::path::Path) -> Result<(RunFolder, RunConfig)> {
+    let (folder, mut config) = RunFolder::open(path)?;
+    config.machine.workers = args.machine.workers.unwrap_or(config.machine.workers);
+    config.machine.check |= args.machine.check;
+    config.validate()?;
+    Ok((folder, config))
+}
+
+/// The path from the root, so that a run can be continued from any directory.
+fn absolute(path: &std::path::Path) -> Result<PathBuf> {
+    path.canonicalize().map_err(Error::io("open", path))
+}
+
+fn knn_monitor(args: &LogArgs) -> Result<Option<KnnMonitor>> {
+    let (Some(bank), Some(queries)) = (&args.knn_bank, &args.knn_queries) else { return Ok(None) };
+    Ok(Some(KnnMonitor {
+        bank: absolute(bank)?,
+        queries: absolute(queries)?,
+        k: args.knn_k,
+        temperature: args.knn_temperature,
+        every_epochs: args.knn_every,
+    }))
+}
+
+fn probe(config: &RunConfig, knn: &KnnMonitor) -> Result<Box<dyn Probe>> {
+    let extractor = FeatureExtractor::new(&config.model, &config.augment, config.machine.cpu_conv)?;
+    let open = |path| Ok::<_, Error>(Arc::new(Dataset::open(path)?));
+    let settings = Knn { k: knn.k, temperature: knn.temperature };
+    Ok(Box::new(KnnProbe::new(extractor, open(&knn.bank)?, open(&knn.queries)?, settings)?))
+}
+
+fn describe(folder: &RunFolder, config: &RunConfig, run: &Run<'_>) {
+    let trainer = run.trainer();
+    let recipe = &config.recipe;
+    eprintln!(
+        "{}: {:.2} M trainable parameters, batch {}, {} epochs, {}x{} pixels, {:.0} MB planned on the CPU ({} threads)",
+        folder.path().display(),
+        trainer.trainable_parameters() as f64 / 1e6,
+        recipe.batch,
+        recipe.epochs,
+        config.augment.image_size,
+        config.augment.image_size,
+        trainer.planned_memory() as f64 / 1e6,
+        rayon::current_num_threads(),
+    );
+    if trainer.step() > 0 {
+        eprintln!("continuing at step {}", trainer.step());
+    }
+}
+
+fn conclude(folder: &RunFolder, summary: &Summary) {
+    let path = folder.path().display();
+    println!("checkpoint of step {}: {}", summary.step, summary.checkpoint.display());
+    if !summary.finished {
+        println!("interrupted; continue with: simsiam-engine train --resume {path}");
+        return;
+    }
+    if let Some(last) = &summary.last {
+        println!("loss {:.4}, z std * sqrt(d) {:.3}", last.loss, last.z_std);
+    }
+    if let Some(knn) = summary.knn {
+        println!("kNN {:.2} %", knn * 100.0);
+    }
+    println!("backbone for PyTorch: simsiam-engine export {path} backbone.safetensors");
+}
