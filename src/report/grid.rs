@@ -5,6 +5,7 @@ use std::path::Path;
 use image::imageops::{FilterType, overlay, resize};
 use image::{ImageFormat, Rgb, RgbImage};
 
+use crate::atomic::write_atomic;
 use crate::error::{Error, Result};
 
 const GAP: u32 = 4;
@@ -36,11 +37,7 @@ pub fn write_grid(path: &Path, tiles: &[RgbImage], columns: usize, cell: u32) ->
 pub fn write_png(path: &Path, image: &RgbImage) -> Result<()> {
     let mut png = std::io::Cursor::new(Vec::new());
     image.write_to(&mut png, ImageFormat::Png).map_err(|e| Error::io("encode", path)(std::io::Error::other(e)))?;
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io("create a file in", folder))?;
-    std::fs::write(file.path(), png.get_ref()).map_err(Error::io("write", path))?;
-    file.persist(path).map_err(|e| Error::io("rename to", path)(e.error))?;
-    Ok(())
+    write_atomic(path, |out| out.write_all(png.get_ref()))
 }
 
 /// Scales to fit a square of `cell` pixels: small images by whole factors (pixels stay crisp), large ones smoothly.
