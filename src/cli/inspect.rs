@@ -1,8 +1,8 @@
 //! `inspect`: what a dataset file holds, and whether it is whole.
 
 use std::collections::BTreeMap;
-use std::io::{self, ErrorKind, Write};
-use std::path::{Path, PathBuf};
+use std::io::{self, Write};
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -11,6 +11,7 @@ use rayon::prelude::*;
 use serde_json::json;
 
 use super::meter::Meter;
+use super::output;
 use crate::data::format::{MAJOR, SHUFFLED};
 use crate::data::mapped::{Dataset, Record};
 use crate::error::{Error, Result};
@@ -47,11 +48,7 @@ pub struct InspectArgs {
 pub fn run(args: InspectArgs) -> Result<()> {
     let dataset = Dataset::open(&args.file)?;
     let facts = Facts::gather(&dataset)?;
-    match print(&dataset, &facts, args.json, &mut io::stdout().lock()) {
-        // A reader like `head` that has seen enough.
-        Err(e) if e.kind() == ErrorKind::BrokenPipe => {}
-        result => result.map_err(Error::io("write to", Path::new("standard output")))?,
-    }
+    output::print(|out| print(&dataset, &facts, args.json, out))?;
     if let Some(path) = &args.contact_sheet {
         write_grid(path, &contact_sheet(&dataset)?, COLUMNS, CELL)?;
         eprintln!("wrote {}", path.display());

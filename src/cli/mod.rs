@@ -3,26 +3,42 @@
 mod augment_args;
 mod augment_preview;
 mod demo;
+mod device;
+mod export;
 mod inspect;
 mod meter;
 mod model_args;
+mod output;
+mod plan;
 mod prepare;
 mod preset;
 mod recipe_args;
+mod selftest;
 pub mod signals;
 mod train;
 
+use std::collections::BTreeSet;
 use std::process::ExitCode;
+use std::sync::LazyLock;
 
-use clap::{Parser, Subcommand};
+use clap::{ArgAction, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
 
+use crate::backend::cuda::{NVCC_RELEASE, compiled_kernels};
 use crate::error::{Error, Result};
 
+/// SimSiam pretraining, fast, on one machine.
 #[derive(Debug, Parser)]
-#[command(name = "simsiam-engine", version, about = "SimSiam pretraining, fast, on one machine")]
+#[command(name = "simsiam-engine", version, long_version = LONG_VERSION.as_str())]
 struct Cli {
     #[command(subcommand)]
     command: Command,
+    /// Threads that compute [default: one per core]. Does not change any result.
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<usize>,
+    /// Tell more on standard error; -vv even more. RUST_LOG has the last word.
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
 }
 
 #[derive(Debug, Subcommand)]
@@ -37,14 +53,23 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Write a PNG with images beside two augmented views of each.
     AugmentPreview(augment_preview::AugmentPreviewArgs),
+    /// Tell the memory and the work of a training step, without running it.
+    Plan(plan::PlanArgs),
+    /// Write the trained backbone as a file that torchvision loads.
+    Export(export::ExportArgs),
+    /// Compare the engine with results that PyTorch computed.
+    Selftest(selftest::SelftestArgs),
 }
 
 /// Runs the program on the process's arguments.
 pub fn main() -> ExitCode {
-    match run(Cli::parse().command) {
+    let cli = Cli::parse();
+    start_log(cli.verbose);
+    match start_threads(cli.threads).and_then(|()| run(cli.command)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            // One line, whatever the message was made of.
+            eprintln!("error: {}", error.to_string().replace('\n', " "));
             ExitCode::FAILURE
         }
     }
@@ -57,20 +82,37 @@ fn run(command: Command) -> Result<()> {
         Command::Prepare(args) => prepare::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::AugmentPreview(args) => augment_preview::run(args),
+        Command::Plan(args) => plan::run(args),
+        Command::Export(args) => export::run(args),
+        Command::Selftest(args) => selftest::run(args),
     }
 }
 
-/// Checks a `--device`.
-///
-/// # Errors
-/// [`Error::Unsupported`] for a device that this build cannot compute on, [`Error::Config`] for anything else.
-fn check_device(device: &str) -> Result<()> {
-    match device {
-        "cpu" => Ok(()),
-        "cuda" => Err(Error::Unsupported {
-            what: "--device cuda: this version trains on the CPU only".into(),
-            hint: Some("use --device cpu".into()),
-        }),
-        other => Err(Error::config("--device", format!("expected cpu, got {other:?}"))),
-    }
+fn start_log(verbose: u8) {
+    let level = match verbose {
+        0 => "warn",
+        1 => "info",
+        _ => "debug",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
 }
+
+fn start_threads(threads: Option<usize>) -> Result<()> {
+    let Some(threads) = threads else { return Ok(()) };
+    if threads == 0 {
+        return Err(Error::config("--threads", "must be at least 1"));
+    }
+    let started = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    started.map_err(|e| Error::Unsupported { what: format!("cannot start {threads} threads: {e}"), hint: None })
+}
+
+static LONG_VERSION: LazyLock<String> = LazyLock::new(|| {
+    let archs: BTreeSet<&str> = compiled_kernels().iter().flat_map(|kernel| kernel.archs).copied().collect();
+    let cuda = match archs.is_empty() {
+        true => "none".to_string(),
+        false => format!("{} (nvcc {NVCC_RELEASE})", Vec::from_iter(archs).join(" ")),
+    };
+    let (version, commit, target) = (env!("CARGO_PKG_VERSION"), env!("SIMSIAM_COMMIT"), env!("SIMSIAM_TARGET"));
+    format!("{version}\ncommit  {commit}\ntarget  {target}\nCUDA    {cuda}")
+});

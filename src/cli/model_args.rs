@@ -1,6 +1,6 @@
 //! Options of the network and of the method.
 
-use clap::ArgAction;
+use clap::{ArgAction, ValueEnum};
 
 use super::preset::Preset;
 use crate::error::{Error, Result};
@@ -126,6 +126,13 @@ impl ModelArgs {
     }
 }
 
+/// What `--arch` calls the backbone; "custom" when it is none of the named ones.
+pub fn arch_name(resnet: &ResNet) -> String {
+    let is_it = |arch: &&Arch| ResNet::named(**arch, resnet.stem).as_ref() == Some(resnet);
+    let arch = Arch::value_variants().iter().find(is_it).unwrap_or(&Arch::Custom);
+    arch.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string())
+}
+
 #[cfg(test)]
 mod tests {
     use clap::Parser;
@@ -166,6 +173,17 @@ mod tests {
     }
 
     #[test]
+    fn backbones_have_the_names_of_the_option() {
+        for (args, name) in [
+            ("--arch resnet101 --stem cifar", "resnet101"),
+            ("--arch custom --block bottleneck --depths 3,4,6,3", "resnet50"),
+            ("--arch custom --block bottleneck --depths 3,4,6,3 --width 32", "custom"),
+        ] {
+            assert_eq!(arch_name(&resolve(args, Preset::Imagenet).unwrap().backbone), name);
+        }
+    }
+
+    #[test]
     fn every_option_arrives() {
         let args = "--arch custom --block bottleneck --depths 1,2,3 --width 16 --stem cifar --dim 96 --projector-hidden 80 \
                     --predictor-hidden 20 --projector-layers 2 --projector-out-affine --stop-gradient false \
@@ -199,7 +217,10 @@ mod tests {
             ),
             ("--width 32", "--width: shapes a network of your own, not a named one; hint: add --arch custom"),
             ("--arch resnet18 --depths 2,2", "--depths: shapes a network of your own"),
-            ("--arch custom --block basic --depths 1,0", "--depths: expected 1 to 8 stages of at least one block"),
+            (
+                "--arch custom --block basic --depths 1,0",
+                "--depths: expected 1 to 8 stages of 1 to 1000 blocks, got [1, 0]",
+            ),
             ("--arch custom --block basic --depths 1,1,1,1,1,1,1,1,1", "--depths: expected 1 to 8 stages"),
             ("--arch custom --block basic --depths 1 --width 0", "--width: expected 1 to 4096 channels, got 0"),
             ("--projector-layers 4", "--projector-layers: expected 2 or 3, got 4"),

@@ -1,11 +1,13 @@
 //! `prepare`: images to a dataset file.
 
 use std::fs;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::meter::Meter;
+use super::output::print;
 use crate::data::import::folder::Folder;
 use crate::data::import::idx::{self, Idx, Split};
 use crate::data::import::{self, Options, Source, Store, Summary};
@@ -156,15 +158,22 @@ fn write(source: &dyn Source, args: &PrepareArgs, default_store: Store) -> Resul
         !stop.load(Ordering::Relaxed)
     });
     let seconds = meter.finish();
-    report(&outcome?, args, &options, seconds);
-    Ok(())
+    let summary = outcome?;
+    print(|out| report(&summary, args, &options, seconds, out))
 }
 
-fn report(summary: &Summary, args: &PrepareArgs, options: &Options, seconds: f64) {
+fn report(
+    summary: &Summary,
+    args: &PrepareArgs,
+    options: &Options,
+    seconds: f64,
+    out: &mut dyn Write,
+) -> io::Result<()> {
     let header = &summary.header;
     let seen = header.records + summary.rejected.len() as u64;
     let order = options.shuffle.map_or("in source order".into(), |seed| format!("shuffled with seed {seed}"));
-    println!(
+    writeln!(
+        out,
         "{}: {} images, {} classes, {}, {order}, {:.1} MB, {seconds:.1} s ({:.0} images/s)",
         args.out.display(),
         header.records,
@@ -172,17 +181,18 @@ fn report(summary: &Summary, args: &PrepareArgs, options: &Options, seconds: f64
         options.store,
         header.file_len as f64 / 1e6,
         seen as f64 / seconds.max(1e-9)
-    );
+    )?;
     if summary.rejected.is_empty() {
-        return;
+        return Ok(());
     }
-    println!("{} of {seen} images could not be used and were left out:", summary.rejected.len());
+    writeln!(out, "{} of {seen} images could not be used and were left out:", summary.rejected.len())?;
     for rejected in summary.rejected.iter().take(REJECTED_SHOWN) {
-        println!("  {}: {}", rejected.path, rejected.reason);
+        writeln!(out, "  {}: {}", rejected.path, rejected.reason)?;
     }
     if summary.rejected.len() > REJECTED_SHOWN {
-        println!("  ... all are listed by: simsiam-engine inspect --json {}", args.out.display());
+        writeln!(out, "  ... all are listed by: simsiam-engine inspect --json {}", args.out.display())?;
     }
+    Ok(())
 }
 
 /// A flag that Ctrl-C and SIGTERM set, so that the unfinished file is removed.

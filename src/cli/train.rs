@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::augment_args::AugmentArgs;
+use super::device::{Device, Precision, check_available};
 use super::model_args::ModelArgs;
 use super::preset::Preset;
 use super::recipe_args::RecipeArgs;
@@ -84,8 +85,11 @@ struct LogArgs {
 #[command(next_help_heading = "Machine")]
 struct MachineArgs {
     /// Where to train.
-    #[arg(long, default_value = "cpu")]
-    device: String,
+    #[arg(long, value_enum, default_value_t)]
+    device: Device,
+    /// Element type of the activations.
+    #[arg(long, value_enum, default_value_t)]
+    dtype: Precision,
     /// Threads that read and augment images [default: 1; with --resume, as before].
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
@@ -98,7 +102,7 @@ struct MachineArgs {
 }
 
 pub fn run(args: TrainArgs) -> Result<()> {
-    super::check_device(&args.machine.device)?;
+    check_available(args.machine.device, args.machine.dtype)?;
     let interrupt = signals::install()?;
     let (folder, config) = match &args.resume {
         Some(path) => resume(&args, path)?,

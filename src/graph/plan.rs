@@ -30,6 +30,8 @@ pub struct Buffer {
     pub name: String,
     /// What it is for; `None` for workspace.
     pub role: Option<Role>,
+    /// Shape and element type; `None` for workspace.
+    pub desc: Option<TensorDesc>,
     /// Where it lies.
     pub slot: Slot,
     /// First node that needs it.
@@ -126,7 +128,8 @@ fn lifetimes(tape: &Tape) -> Result<Vec<Buffer>> {
         .map(|v| {
             let bytes = if v.alias_of.is_some() { 0 } else { v.desc.bytes() };
             let (first, last) = if v.role.persistent() { (0, end) } else { (usize::MAX, 0) };
-            Buffer { name: v.name.clone(), role: Some(v.role), slot: Slot { offset: 0, bytes }, first, last }
+            let slot = Slot { offset: 0, bytes };
+            Buffer { name: v.name.clone(), role: Some(v.role), desc: Some(v.desc.clone()), slot, first, last }
         })
         .collect();
     for (index, node) in tape.nodes().iter().enumerate() {
@@ -171,7 +174,7 @@ fn add_workspaces(tape: &Tape, buffers: &mut Vec<Buffer>) -> Vec<usize> {
         let descs: Vec<&TensorDesc> = node.inputs.iter().map(|&i| tape.desc(i)).collect();
         let slot = Slot { offset: 0, bytes: node.op.workspace(&descs) };
         let name = format!("{} (workspace)", node.name);
-        buffers.push(Buffer { name, role: None, slot, first: index, last: index });
+        buffers.push(Buffer { name, role: None, desc: None, slot, first: index, last: index });
     }
     (first..buffers.len()).collect()
 }
@@ -311,7 +314,7 @@ mod tests {
                 let first = crate::rng::below(stream.word(), 50) as usize;
                 let last = first + crate::rng::below(stream.word(), 12) as usize;
                 let bytes = 1 + crate::rng::below(stream.word(), 10_000) as usize;
-                Buffer { name: i.to_string(), role: None, slot: Slot { offset: 0, bytes }, first, last }
+                Buffer { name: i.to_string(), role: None, desc: None, slot: Slot { offset: 0, bytes }, first, last }
             })
             .collect();
         let total = place_transient(&mut buffers, 128, 0);

@@ -83,8 +83,8 @@ impl ResNet {
     /// # Errors
     /// [`Error::Config`].
     pub fn validate(&self) -> Result<()> {
-        if self.depths.is_empty() || self.depths.len() > 8 || self.depths.contains(&0) {
-            let what = format!("expected 1 to 8 stages of at least one block, got {:?}", self.depths);
+        if !(1..=8).contains(&self.depths.len()) || !self.depths.iter().all(|depth| (1..=1000).contains(depth)) {
+            let what = format!("expected 1 to 8 stages of 1 to 1000 blocks, got {:?}", self.depths);
             return Err(Error::config("--depths", what));
         }
         if self.width == 0 || self.width > 4096 {

@@ -1,0 +1,256 @@
+//! `plan`: the memory and the work of a training step, before anything runs.
+
+use std::cmp::Reverse;
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use indicatif::HumanCount;
+use serde_json::json;
+
+use super::device::Precision;
+use super::model_args::{ModelArgs, arch_name};
+use super::output::print;
+use super::preset::Preset;
+use super::recipe_args::BATCH;
+use crate::atomic::write_atomic;
+use crate::error::{Error, Result};
+use crate::graph::plan::Buffer;
+use crate::graph::{Phase, Plan, Role, Tape, dump};
+use crate::nn::ParamInfo;
+use crate::nn::simsiam::{SimSiam, TrainGraph};
+use crate::tensor::TensorDesc;
+
+/// No address space is larger; sums of sizes below it do not overflow.
+const MAX_BYTES: u128 = 1 << 60;
+const MAX_BATCH: usize = 1 << 16;
+const MAX_IMAGE_SIZE: usize = 8192;
+
+#[derive(Debug, clap::Args)]
+pub struct PlanArgs {
+    /// Recipe that the defaults come from.
+    #[arg(long, value_enum, default_value_t)]
+    preset: Preset,
+    /// Source images per step; each gives two views.
+    #[arg(long, value_name = "N", default_value_t = BATCH)]
+    batch: usize,
+    /// Height and width of a view in pixels [default: imagenet 224, cifar 32].
+    #[arg(long, value_name = "PIXELS")]
+    image_size: Option<usize>,
+    /// Element type of the activations.
+    #[arg(long, value_enum, default_value_t)]
+    dtype: Precision,
+    /// How many of the largest buffers to list.
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    top: usize,
+    /// Print JSON, sizes in bytes.
+    #[arg(long)]
+    json: bool,
+    /// Write the tape, every node and edge, as a Graphviz file.
+    #[arg(long, value_name = "FILE")]
+    dot: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+pub fn run(args: PlanArgs) -> Result<()> {
+    let report = Report::new(&args)?;
+    print(|out| if args.json { writeln!(out, "{:#}", report.json()) } else { report.print(out) })?;
+    if let Some(path) = &args.dot {
+        write_atomic(path, |out| out.write_all(dump::dot(&report.tape).as_bytes()))?;
+        eprintln!("wrote {}; draw it with: dot -Tsvg {} -o tape.svg", path.display(), path.display());
+    }
+    Ok(())
+}
+
+/// Everything there is to tell.
+struct Report {
+    model: SimSiam,
+    batch: usize,
+    image_size: usize,
+    precision: Precision,
+    tape: Tape,
+    plan: Plan,
+    /// Scalars by what they are in PyTorch.
+    trainable: usize,
+    backbone: usize,
+    /// Floating-point operations of a step.
+    flops: u64,
+    top: usize,
+}
+
+impl Report {
+    fn new(args: &PlanArgs) -> Result<Report> {
+        let model = args.model.resolve(args.preset)?;
+        let (batch, precision, top) = (args.batch, args.dtype, args.top);
+        let image_size = args.image_size.unwrap_or(args.preset.image_size());
+        for (option, value, max) in [("--batch", batch, MAX_BATCH), ("--image-size", image_size, MAX_IMAGE_SIZE)] {
+            if !(1..=max).contains(&value) {
+                return Err(Error::config(option, format!("expected 1 to {max}, got {value}")));
+            }
+        }
+        let TrainGraph { tape, params, .. } = model.train_graph(batch, image_size, precision.dtype(), false)?;
+        if tape.values().iter().map(|v| v.desc.bytes() as u128).sum::<u128>() > MAX_BYTES {
+            let what = format!("{batch} images of {image_size} pixels take more memory than any machine can address");
+            return Err(Error::config("--batch", what));
+        }
+        let plan = Plan::new(&tape)?;
+        let count = |keep: &dyn Fn(&ParamInfo) -> bool| -> usize {
+            params.iter().filter(|p| keep(p)).map(|p| p.desc.shape.len()).sum()
+        };
+        let trainable = count(&|p| p.trainable);
+        let in_backbone = |p: &ParamInfo| p.name.starts_with("encoder.") && !p.name.starts_with("encoder.fc.");
+        let backbone = count(&|p| in_backbone(p) && tape.value(p.value).role == Role::Parameter);
+        let flops = flops(&tape);
+        Ok(Report { model, batch, image_size, precision, tape, plan, trainable, backbone, flops, top })
+    }
+
+    fn views(&self) -> usize {
+        2 * self.batch
+    }
+
+    fn nodes(&self, phase: Phase) -> usize {
+        self.tape.nodes().iter().filter(|n| n.phase == phase).count()
+    }
+
+    /// The largest buffers, persistent ones included.
+    fn largest(&self) -> Vec<&Buffer> {
+        let mut buffers: Vec<&Buffer> = self.plan.buffers.iter().collect();
+        buffers.sort_by_key(|b| Reverse(b.slot.bytes));
+        buffers.truncate(self.top);
+        buffers
+    }
+
+    fn print(&self, out: &mut dyn Write) -> io::Result<()> {
+        let size = self.image_size;
+        let title = format!("{}, {} stem", arch_name(&self.model.backbone), name_of(self.model.backbone.stem));
+        let dtype = self.precision.dtype();
+        writeln!(out, "{title}, {size}x{size} pixels, batch {} ({} views), {dtype}", self.batch, self.views())?;
+        self.print_network(out)?;
+        self.print_memory(out)?;
+        self.print_buffers(out)
+    }
+
+    fn print_network(&self, out: &mut dyn Write) -> io::Result<()> {
+        writeln!(out, "\nnetwork")?;
+        let mut row = |label: &str, value: usize, note: &str| {
+            writeln!(out, "  {label:<24}{:>14}{note}", HumanCount(value as u64).to_string())
+        };
+        row("trainable parameters", self.trainable, "")?;
+        row("backbone parameters", self.backbone, "")?;
+        row("pooled features", self.model.backbone.feature_dim(), "")?;
+        let [forward, backward, update] = [Phase::Forward, Phase::Backward, Phase::Update].map(|p| self.nodes(p));
+        let note = format!("  ({forward} forward, {backward} backward, {update} update)");
+        row("nodes of a step", self.tape.nodes().len(), &note)?;
+        let per_image = self.flops as f64 / self.batch as f64;
+        writeln!(out, "  {:<24}{:>14.2} GFLOP", "work per step", self.flops as f64 / 1e9)?;
+        writeln!(out, "  {:<24}{:>14.2} GFLOP", "work per image", per_image / 1e9)
+    }
+
+    fn print_memory(&self, out: &mut dyn Write) -> io::Result<()> {
+        let m = &self.plan.memory;
+        writeln!(out, "\n{:<26}{:>14}", "memory", "MB")?;
+        let mut row = |label: &str, bytes: usize, note: &str| {
+            writeln!(out, "  {label:<24}{:>14}{note}", megabytes(bytes)).map(|()| bytes)
+        };
+        row("parameters", m.parameters, "")?;
+        row("batch norm state", m.state, "")?;
+        row("optimiser state", m.optimiser, "")?;
+        row("inputs", m.inputs, "")?;
+        let per_view = megabytes(m.saved_activations / self.views());
+        row("saved activations", m.saved_activations, &format!("  ({per_view} per view)"))?;
+        row("parameter gradients", m.parameter_gradients, "")?;
+        row("largest workspace", m.workspace, "")?;
+        row("transient peak", m.transient_peak, "  (activations, gradients and workspace alive at once)")?;
+        row("transient as placed", m.transient, &format!("  ({:.2} % fragmentation)", self.fragmentation() * 100.0))?;
+        let note = "  (parameters, state, optimiser, inputs, transient as placed)";
+        row("total", m.total, note).map(|_| ())
+    }
+
+    /// Bytes that the placement wastes, as a share of the least possible.
+    fn fragmentation(&self) -> f64 {
+        let m = &self.plan.memory;
+        m.transient as f64 / m.transient_peak.max(1) as f64 - 1.0
+    }
+
+    fn print_buffers(&self, out: &mut dyn Write) -> io::Result<()> {
+        let rows: Vec<[String; 5]> = self.largest().into_iter().map(buffer_row).collect();
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let heads = ["largest buffers", "shape", "role", "nodes", "MB"].map(String::from);
+        let mut widths = [0; 5];
+        for row in rows.iter().chain([&heads]) {
+            widths.iter_mut().zip(row).for_each(|(width, cell)| *width = cell.chars().count().max(*width));
+        }
+        let [w0, w1, w2, w3, w4] = widths;
+        writeln!(out)?;
+        for [name, shape, role, nodes, bytes] in [&heads].into_iter().chain(&rows) {
+            writeln!(out, "{name:<w0$}  {shape:<w1$}  {role:<w2$}  {nodes:>w3$}  {bytes:>w4$}")?;
+        }
+        Ok(())
+    }
+
+    fn json(&self) -> serde_json::Value {
+        let buffers = self.largest().into_iter().map(|b| {
+            json!({
+                "name": b.name,
+                "shape": b.desc.as_ref().map(|d| d.shape.dims()),
+                "dtype": b.desc.as_ref().map(|d| d.dtype),
+                "role": role_name(b.role),
+                "first_node": b.first,
+                "last_node": b.last,
+                "offset": b.slot.offset,
+                "bytes": b.slot.bytes,
+            })
+        });
+        json!({
+            "arch": arch_name(&self.model.backbone),
+            "model": self.model,
+            "batch": self.batch,
+            "image_size": self.image_size,
+            "dtype": self.precision.dtype(),
+            "trainable_parameters": self.trainable,
+            "backbone_parameters": self.backbone,
+            "nodes": self.tape.nodes().len(),
+            "flops_per_step": self.flops,
+            "flops_per_image": self.flops as f64 / self.batch as f64,
+            "memory": self.plan.memory,
+            "largest_buffers": buffers.collect::<Vec<_>>(),
+        })
+    }
+}
+
+fn flops(tape: &Tape) -> u64 {
+    let of_node = |node: &crate::graph::Node| {
+        let descs: Vec<&TensorDesc> = node.inputs.iter().map(|&i| tape.desc(i)).collect();
+        node.op.flops(&descs)
+    };
+    tape.nodes().iter().map(of_node).sum()
+}
+
+fn buffer_row(buffer: &Buffer) -> [String; 5] {
+    let shape = buffer.desc.as_ref().map_or(String::new(), |d| d.to_string());
+    let life = format!("{}..{}", buffer.first, buffer.last);
+    [buffer.name.clone(), shape, role_name(buffer.role).into(), life, megabytes(buffer.slot.bytes)]
+}
+
+fn role_name(role: Option<Role>) -> &'static str {
+    match role {
+        Some(Role::Input) => "input",
+        Some(Role::Parameter) => "parameter",
+        Some(Role::State) => "state",
+        Some(Role::Optimiser) => "optimiser",
+        Some(Role::Activation) => "activation",
+        Some(Role::Gradient) => "gradient",
+        None => "workspace",
+    }
+}
+
+/// Millions of bytes.
+fn megabytes(bytes: usize) -> String {
+    format!("{:.2}", bytes as f64 / 1e6)
+}
+
+fn name_of(value: impl clap::ValueEnum) -> String {
+    value.to_possible_value().map_or_else(String::new, |v| v.get_name().to_string())
+}
