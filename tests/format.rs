@@ -390,7 +390,7 @@ fn a_file_of_several_segments_is_whole() {
     let path = folder.path().join("large.ssds");
     let mut writer = Writer::create(&path, 4096, false).unwrap();
     for i in 0..12u32 {
-        let pixels: Vec<u8> = (0..2048 * 2048 * 3u32).map(|p| (p ^ p >> 8 ^ i * 41) as u8).collect();
+        let pixels: Vec<u8> = (0..2048 * 2048 * 3u32).map(|p| (p ^ (p >> 8) ^ (i * 41)) as u8).collect();
         let crc = crc32c(&pixels);
         let side = 2048;
         let (width, height, original_width, original_height) = (side, side, side, side);
@@ -403,7 +403,7 @@ fn a_file_of_several_segments_is_whole() {
     let dataset = Dataset::open(&path).unwrap();
     assert_eq!(dataset.header().stride, 2048 * 2048 * 3);
     for i in 0..12 {
-        assert_eq!(dataset.record(i).unwrap().pixels[1000], (1000u32 ^ 1000 >> 8 ^ i as u32 * 41) as u8);
+        assert_eq!(dataset.record(i).unwrap().pixels[1000], (1000u32 ^ (1000 >> 8) ^ (i as u32 * 41)) as u8);
     }
 }
 

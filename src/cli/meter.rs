@@ -28,11 +28,8 @@ impl Meter {
     /// Tells that `done` images are done.
     pub fn set(&mut self, done: u64) {
         if let Some(bar) = &self.bar {
+            bar.set_message(format!("{:.0} images/s", self.rate(done)));
             bar.set_position(done);
-            // The text is drawn with the bar, a few times a second: no need to make it for every image.
-            if done.is_multiple_of(64) {
-                bar.set_message(format!("{:.0} images/s", self.rate(done)));
-            }
         } else if self.started.elapsed() >= self.line_due {
             self.line_due = self.started.elapsed() + LINE_EVERY;
             let rate = self.rate(done);

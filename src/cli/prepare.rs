@@ -27,22 +27,22 @@ pub struct PrepareArgs {
     /// Dataset file to write (usually *.ssds).
     out: PathBuf,
     /// What SOURCE is.
-    #[arg(long = "source", value_enum, default_value_t = Kind::Auto)]
+    #[arg(long = "source", value_name = "KIND", value_enum, default_value_t = Kind::Auto)]
     source_kind: Kind,
     /// Size to store: raw:SIDE stretches to SIDE x SIDE, raw keeps every size. Default: raw:256, for IDX raw.
-    #[arg(long)]
+    #[arg(long, value_name = "raw:SIDE")]
     store: Option<Store>,
     /// IDX labels file (default: the one beside the images).
-    #[arg(long)]
+    #[arg(long, value_name = "FILE")]
     labels: Option<PathBuf>,
     /// Which IDX files of a folder.
     #[arg(long, value_enum)]
     split: Option<Split>,
     /// Take at most this many images (the first of the shuffled order).
-    #[arg(long)]
+    #[arg(long, value_name = "N")]
     limit: Option<usize>,
     /// Threads that decode (default: one per core). Does not change the file.
-    #[arg(long)]
+    #[arg(long, value_name = "N")]
     threads: Option<usize>,
     /// Seed of the order of the records.
     #[arg(long, default_value_t = 0)]
@@ -54,7 +54,7 @@ pub struct PrepareArgs {
     #[arg(long)]
     strict: bool,
     /// Per cent of the images that may be bad; those are listed and left out.
-    #[arg(long, default_value_t = 1.0, conflicts_with = "strict")]
+    #[arg(long, value_name = "PERCENT", default_value_t = 1.0, conflicts_with = "strict")]
     max_bad: f64,
     /// Replace OUT if it exists.
     #[arg(long)]

@@ -151,8 +151,8 @@ fn jpeg_scans(bytes: &[u8]) -> Option<Scans> {
 
 /// Bytes of entropy-coded data before the next marker that is no restart.
 fn scan_len(data: &[u8]) -> usize {
-    let ends = |pair: &[u8]| pair[0] == 0xff && !matches!(pair[1], 0x00 | 0xd0..=0xd7 | 0xff);
-    data.windows(2).position(ends).unwrap_or(data.len())
+    let ends = |&at: &usize| data.get(at + 1).is_some_and(|next| !matches!(next, 0x00 | 0xd0..=0xd7 | 0xff));
+    memchr::memchr_iter(0xff, data).find(ends).unwrap_or(data.len())
 }
 
 fn decode_other(bytes: &[u8], format: ImageFormat) -> Result<Image, String> {
