@@ -2,6 +2,7 @@
 
 mod augment_preview;
 mod inspect;
+mod meter;
 mod prepare;
 
 use std::process::ExitCode;

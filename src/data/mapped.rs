@@ -149,7 +149,11 @@ impl Dataset {
         Ok(())
     }
 
-    fn entry(&self, i: usize) -> Result<&Entry> {
+    /// Index entry of record `i`: its sizes and label, without touching its bytes.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when `i >= len()`.
+    pub fn entry(&self, i: usize) -> Result<&Entry> {
         let out_of_range = || Error::shape("dataset", "record number", format!("below {}", self.len()), i);
         self.entries.get(i).ok_or_else(out_of_range)
     }

@@ -3,6 +3,7 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::format::{
@@ -61,13 +62,16 @@ impl Writer {
         let tmp = PathBuf::from(name);
         let file = OpenOptions::new().create(true).truncate(false).write(true).open(&tmp);
         let file = file.map_err(Error::io("create", &tmp))?;
+        let taken = || Error::config(tmp.display().to_string(), "another process is writing this file now");
         // The lock dies with its process, so what a killed one left behind is free to be written over.
         match file.try_lock() {
             Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(Error::config(tmp.display().to_string(), "another process is writing this file now"));
-            }
+            Err(TryLockError::WouldBlock) => return Err(taken()),
             Err(TryLockError::Error(e)) => return Err(Error::io("lock", &tmp)(e)),
+        }
+        // Between the open and the lock the other process may have finished and renamed what was opened here.
+        if !is_file_at(&file, &tmp) {
+            return Err(taken());
         }
         let mut writer = Writer {
             out: out.to_path_buf(),
@@ -239,6 +243,12 @@ pub fn refuse_existing(out: &Path, force: bool) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Whether `file` is what lies at `path`.
+fn is_file_at(file: &File, path: &Path) -> bool {
+    let same = |a: fs::Metadata, b: fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+    file.metadata().and_then(|a| fs::metadata(path).map(|b| same(a, b))).unwrap_or(false)
 }
 
 fn folder_of(path: &Path) -> &Path {

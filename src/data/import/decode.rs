@@ -97,10 +97,10 @@ pub fn stretch(image: Image, side: u16) -> Result<Image, String> {
 }
 
 fn decode_jpeg(bytes: &[u8]) -> Result<Image, String> {
-    // Strict mode notices missing data only from one row of blocks to the next; this sees the rest.
-    if !jpeg_is_whole(bytes) {
-        return Err("JPEG: the file is truncated (no end-of-image marker after its last scan)".into());
-    }
+    let scans = jpeg_scans(bytes).ok_or("JPEG: the file is truncated (it lacks the end-of-image marker)")?;
+    // Behind an end marker the decoder takes missing data for zeros, even in strict mode. So in the usual case of one scan it
+    // does not get to see the marker, and a picture that was cut and then closed is refused like any other cut one.
+    let bytes = if scans.count == 1 { &bytes[..scans.end] } else { bytes };
     let side = usize::from(u16::MAX);
     let options = DecoderOptions::default()
         .set_strict_mode(true)
@@ -116,39 +116,52 @@ fn decode_jpeg(bytes: &[u8]) -> Result<Image, String> {
     image(pixels, info.width.into(), info.height.into())
 }
 
-/// Whether the scans of a JPEG file are followed by an end-of-image marker. What comes behind it (trailers of cameras and
-/// phones) is nobody's business.
-fn jpeg_is_whole(bytes: &[u8]) -> bool {
+/// What follows the headers of a JPEG file.
+struct Scans {
+    count: usize,
+    /// Where the end-of-image marker lies. What comes behind it (trailers of cameras and phones) is no part of the picture.
+    end: usize,
+}
+
+/// Walks the segments of a JPEG file up to its end-of-image marker, if it has one.
+fn jpeg_scans(bytes: &[u8]) -> Option<Scans> {
     let mut at = 2;
-    while let Some([0xff, marker]) = bytes.get(at..at + 2) {
+    let mut count = 0;
+    while let Some(&[first, marker]) = bytes.get(at..at + 2) {
         match marker {
-            0xd9 => return true,
+            // Stray bytes between segments are for the decoder to judge.
+            _ if first != 0xff => at += 1,
+            0xd9 => return Some(Scans { count, end: at }),
             // A fill byte.
             0xff => at += 1,
             // Markers that stand alone: TEM and restarts.
             0x01 | 0xd0..=0xd7 => at += 2,
             _ => {
-                let Some(&[high, low]) = bytes.get(at + 2..at + 4) else { return false };
+                let &[high, low] = bytes.get(at + 2..at + 4)? else { return None };
                 at += 2 + usize::from(u16::from_be_bytes([high, low]));
-                if *marker == 0xda {
-                    at += scan_len(bytes.get(at..).unwrap_or_default());
+                if marker == 0xda {
+                    count += 1;
+                    at += scan_len(bytes.get(at..)?);
                 }
             }
         }
     }
-    // Stray bytes between segments: leave the verdict on them to the decoder, if an end marker follows at all.
-    bytes.get(at..).is_some_and(|rest| rest.windows(2).any(|pair| pair == [0xff, 0xd9]))
+    None
 }
 
 /// Bytes of entropy-coded data before the next marker that is no restart.
 fn scan_len(data: &[u8]) -> usize {
-    let ends = |pair: &[u8]| pair[0] == 0xff && !matches!(pair[1], 0x00 | 0xd0..=0xd7 | 0xff);
-    data.windows(2).position(ends).unwrap_or(data.len())
+    let ends = |&at: &usize| data.get(at + 1).is_some_and(|next| !matches!(next, 0x00 | 0xd0..=0xd7 | 0xff));
+    memchr::memchr_iter(0xff, data).find(ends).unwrap_or(data.len())
 }
 
 fn decode_other(bytes: &[u8], format: ImageFormat) -> Result<Image, String> {
-    let name = format!("{format:?}");
-    let reason = |e: image::ImageError| format!("{name}: {e}");
+    let name = format.extensions_str().first().map_or(String::new(), |extension| extension.to_uppercase());
+    // The source, where there is one, says the same without the name of the format.
+    let reason = |e: image::ImageError| match std::error::Error::source(&e) {
+        Some(source) => format!("{name}: {source}"),
+        None => format!("{name}: {e}"),
+    };
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     let mut limits = Limits::default();
     limits.max_alloc = Some(MAX_ALLOC);
