@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use simsiam_engine::data::augment::{AugmentConfig, Augmenter, Image, JitterOp, ViewParams};
+use simsiam_engine::data::augment::{AugmentConfig, Augmenter, BlurKernel, Image, JitterOp, ViewParams};
 
 /// The committed views, or those of a larger check.
 fn folder() -> PathBuf {
@@ -144,11 +144,11 @@ fn mean_difference(a: &[f64], b: &[f64]) -> f64 {
 }
 
 /// The levels that the engine makes of a view, at the stored places.
-fn make(view: &View, seed: u64, epoch: u32) -> Vec<f64> {
+fn make(view: &View, seed: u64, epoch: u32, blur_kernel: BlurKernel) -> Vec<f64> {
     let photo = image::open(folder().join(&view.photo)).unwrap().to_rgb8();
     let (width, height) = photo.dimensions();
     let image = Image::new(photo.as_raw(), width as usize, height as usize, 3).unwrap();
-    let config = view.config();
+    let config = AugmentConfig { blur_kernel, ..view.config() };
     let mut out = vec![f32::NAN; config.view_len()];
     let mut augmenter = Augmenter::new(&config).unwrap();
     if view.params.is_some() {
@@ -160,31 +160,45 @@ fn make(view: &View, seed: u64, epoch: u32) -> Vec<f64> {
     levels(&out, view)
 }
 
-#[test]
-fn views_look_as_torchvision_and_pil_make_them() {
+/// Every view with `blur_kernel` against both chains: the differences by preset and size.
+fn compare(blur_kernel: BlurKernel, mut check: impl FnMut(&View, f64)) -> BTreeMap<(String, usize), Differences> {
     let Views { seed, epoch, views } = read_views();
     let file = std::fs::read(folder().join("views.bin")).unwrap();
     let mut data = file.as_slice();
-    let mut all: BTreeMap<(&str, usize), Differences> = BTreeMap::new();
+    let mut all: BTreeMap<_, Differences> = BTreeMap::new();
     for view in &views {
         let (float, pil) = stored(&mut data, view);
-        let ours = make(view, seed, epoch);
+        let ours = make(view, seed, epoch, blur_kernel);
         let to_float = mean_difference(&ours, &float);
-        let place = format!("sample {} of {}, {} pixels", view.sample, view.photo, view.size);
-        let Some(params) = &view.params else {
-            assert!(to_float < 0.005, "{to_float} from torchvision's evaluation view: {place}");
-            continue;
-        };
-        // The blur is PIL's, not torchvision's; all the rest differs by rounding and by 0.2989 against 0.299 in the luma.
-        assert!(params.blur || to_float < 0.02, "{to_float} from the float chain: {place}");
-        let sums = all.entry((&view.preset, view.size)).or_default();
-        sums.views += 1.0;
-        sums.ours_to_float += to_float;
-        sums.ours_to_pil += mean_difference(&ours, &pil);
-        sums.float_to_pil += mean_difference(&float, &pil);
+        check(view, to_float);
+        if view.params.is_some() {
+            let sums = all.entry((view.preset.clone(), view.size)).or_default();
+            sums.views += 1.0;
+            sums.ours_to_float += to_float;
+            sums.ours_to_pil += mean_difference(&ours, &pil);
+            sums.float_to_pil += mean_difference(&float, &pil);
+        }
     }
     assert!(data.is_empty(), "{} bytes of views.bin are left over", data.len());
-    for ((preset, size), sums) in &all {
+    all
+}
+
+#[test]
+fn views_with_torchvisions_blur_are_its_float_tensor_chains() {
+    let all = compare(BlurKernel::Gaussian, |view, difference| {
+        // What remains is rounding and 0.299 against torchvision's 0.2989 in the luma.
+        let limit = if view.params.is_some() { 0.05 } else { 0.005 };
+        let View { photo, sample, size, .. } = view;
+        assert!(difference < limit, "{difference} levels: sample {sample} of {photo}, {size} pixels");
+    });
+    for ((preset, size), sums) in all {
+        println!("{preset} {size}: {:.4} of 255 levels from the float chain", sums.ours_to_float / sums.views);
+    }
+}
+
+#[test]
+fn views_with_pils_blur_are_nearer_to_the_official_chain() {
+    for ((preset, size), sums) in compare(BlurKernel::Pil, |_, _| {}) {
         let mean = |sum| sum / sums.views;
         let [to_float, to_pil, float_to_pil] = [sums.ours_to_float, sums.ours_to_pil, sums.float_to_pil].map(mean);
         println!(
@@ -192,10 +206,11 @@ fn views_look_as_torchvision_and_pil_make_them() {
              {float_to_pil:.3} of 255 levels",
             sums.views
         );
-        assert!((*preset, *size) != ("imagenet", 224) || to_float <= 0.1, "{to_float} from the float chain");
-        assert!(to_pil <= float_to_pil * 1.01, "{preset} {size}: {to_pil} from PIL, the float chain {float_to_pil}");
+        // The float chain's blur differs from PIL's, the more the smaller the sigma.
+        assert!(preset != "imagenet" || to_float < 0.25, "{to_float} from the float chain");
+        assert!(to_pil <= float_to_pil + 0.01, "{preset} {size}: {to_pil} from PIL, the float chain {float_to_pil}");
         // Crop and blur alone: PIL rounds to bytes after every pass.
-        assert!(*preset != "blur" || to_pil < 0.6, "{preset} {size}: {to_pil} from PIL");
+        assert!(preset != "blur" || to_pil < 0.6, "{preset} {size}: {to_pil} from PIL");
     }
 }
 

@@ -65,14 +65,16 @@ def draw(sample, view, width, height, preset):
         ratio = math.exp(uniform(2 * attempt + 1, math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
+            top, left = below(20, height - h + 1), below(21, width - w + 1)
             break
     else:
-        raise SystemExit(f"no crop found in a {width}x{height} photo")
+        h, w = min(height, round(width / (3 / 4))), min(width, round(height * (4 / 3)))
+        top, left = (height - h) // 2, (width - w) // 2
     jitter, grayscale, blur = PRESETS[preset]
     orders = [(a, b, c, 6 - a - b - c) for a in range(4) for b in range(4) for c in range(4) if len({a, b, c}) == 3]
     return {
-        "top": below(20, height - h + 1),
-        "left": below(21, width - w + 1),
+        "top": top,
+        "left": left,
         "height": h,
         "width": w,
         "jitter": uniform(22, 0, 1) < jitter,

@@ -1,13 +1,14 @@
-//! Gaussian blur as PIL does it: three passes of a box of fractional width whose variances add up to sigma squared.
-//! The three boxes are convolved into one short kernel, applied to rows and then to columns; the border is repeated.
+//! Gaussian blur with one short symmetric kernel, applied to rows and then to columns.
 
-use crate::data::augment::Planes;
+use crate::data::augment::{AugmentConfig, BlurKernel, Planes};
 
 /// Values that are summed up in registers at a time.
 const LANES: usize = 32;
+/// Lighter taps cost time and change nothing.
+const LIGHTEST: f64 = 1e-6;
 
-/// The kernel of `sigma`: its centre and right half (it is symmetric).
-fn half_kernel(sigma: f64, kernel: &mut Vec<f32>) {
+/// PIL's kernel: three passes of a box of fractional width, convolved. Centre and right half.
+fn boxes(sigma: f64, half: &mut Vec<f32>) {
     let radius = box_radius(sigma);
     let whole = radius.floor();
     let box_weight = |distance: i32| match distance.abs() - whole as i32 {
@@ -18,12 +19,7 @@ fn half_kernel(sigma: f64, kernel: &mut Vec<f32>) {
     let reach = whole as i32 + 1;
     let twice = |distance: i32| -> f64 { (-reach..=reach).map(|i| box_weight(i) * box_weight(distance - i)).sum() };
     let thrice = |distance: i32| -> f64 { (-reach..=reach).map(|i| box_weight(i) * twice(distance - i)).sum() };
-    kernel.clear();
-    kernel.extend((0..=3 * reach).map(|distance| thrice(distance) as f32));
-    // Taps below a thousandth of a level cost time and change nothing.
-    while kernel.last().is_some_and(|&weight| weight < 1e-6) {
-        kernel.pop();
-    }
+    half.extend((0..=3 * reach).map(thrice).take_while(|&weight| weight > LIGHTEST).map(|weight| weight as f32));
 }
 
 /// The radius (half of the width minus one) of the fractional box of which three passes have the variance of `sigma`.
@@ -35,44 +31,105 @@ fn box_radius(sigma: f64) -> f64 {
     whole + fraction
 }
 
+/// torchvision's kernel: the density at whole pixels up to `reach`, scaled to a sum of 1. Centre and right half.
+fn samples(sigma: f64, reach: usize, half: &mut Vec<f32>) {
+    let density = |distance: usize| (-0.5 * (distance as f64 / sigma).powi(2)).exp();
+    let total = 2.0 * (0..=reach).map(density).sum::<f64>() - 1.0;
+    let weights = (0..=reach).map(|distance| density(distance) / total);
+    half.extend(weights.take_while(|&weight| weight > LIGHTEST).map(|weight| weight as f32));
+}
+
 /// Blurs planes; keeps its scratch memory.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Blur {
+    kernel: BlurKernel,
+    /// Taps of [`BlurKernel::Gaussian`] on each side: three times the largest sigma.
+    reach: usize,
     half: Vec<f32>,
-    /// One row with its border repeated on both sides.
-    padded: Vec<f32>,
-    /// A plane after its rows were blurred; each row is followed by space up to a multiple of [`LANES`].
-    rows: Vec<f32>,
+    /// One row, continued past both ends.
+    padded_row: Vec<f32>,
+    /// A plane after its rows were blurred, continued above and below; each row is as long as a multiple of [`LANES`].
+    padded_rows: Vec<f32>,
 }
 
 impl Blur {
+    pub(super) fn new(config: &AugmentConfig) -> Blur {
+        let reach = (3.0 * config.blur_sigma[1]).ceil() as usize;
+        Blur { kernel: config.blur_kernel, reach, half: Vec::new(), padded_row: Vec::new(), padded_rows: Vec::new() }
+    }
+
     /// Blurs all three planes with the given sigma in pixels.
     #[inline(always)]
     pub(super) fn apply(&mut self, planes: &mut Planes, sigma: f32) {
-        half_kernel(f64::from(sigma), &mut self.half);
+        self.half.clear();
+        match self.kernel {
+            BlurKernel::Pil => boxes(f64::from(sigma), &mut self.half),
+            BlurKernel::Gaussian => samples(f64::from(sigma), self.reach, &mut self.half),
+        }
         let size = planes.size();
         let (reach, stride) = (self.half.len() - 1, size.next_multiple_of(LANES));
-        self.padded.resize(stride + 2 * reach, 0.0);
-        self.rows.resize(stride * size, 0.0);
+        self.padded_row.resize(stride + 2 * reach, 0.0);
+        self.padded_rows.resize(stride * (size + 2 * reach), 0.0);
         for plane in planes.each_mut() {
-            for (row, blurred) in plane.chunks_exact(size).zip(self.rows.chunks_exact_mut(stride)) {
-                self.padded[..reach].fill(row[0]);
-                self.padded[reach..reach + size].copy_from_slice(row);
-                self.padded[reach + size..].fill(row[size - 1]);
-                for (x, sums) in blurred.as_chunks_mut().0.iter_mut().enumerate() {
-                    let at = |offset: usize| &self.padded[x * LANES + offset..];
-                    *sums = convolve(&self.half, at(reach), |i| (at(reach - i), at(reach + i)));
-                }
+            self.blur_rows(plane, size);
+            self.blur_columns(plane, size);
+        }
+    }
+
+    /// Blurs the rows of `plane` into `padded_rows`.
+    #[inline(always)]
+    fn blur_rows(&mut self, plane: &[f32], size: usize) {
+        let (reach, stride) = (self.half.len() - 1, size.next_multiple_of(LANES));
+        let padded = &mut self.padded_row;
+        for (row, blurred) in plane.chunks_exact(size).zip(self.padded_rows[reach * stride..].chunks_exact_mut(stride))
+        {
+            padded[reach..reach + size].copy_from_slice(row);
+            for i in 0..reach {
+                padded[i] = row[self.kernel.inside(i as isize - reach as isize, size)];
+                padded[reach + size + i] = row[self.kernel.inside((size + i) as isize, size)];
             }
-            for (y, row) in plane.chunks_exact_mut(size).enumerate() {
-                for (x, out) in row.chunks_mut(LANES).enumerate() {
-                    let at = |y: usize| &self.rows[y * stride + x * LANES..];
-                    let below = |i: usize| at((y + i).min(size - 1));
-                    let sums = convolve(&self.half, at(y), |i: usize| (at(y.saturating_sub(i)), below(i)));
-                    out.copy_from_slice(&sums[..out.len()]);
-                }
+            for (x, sums) in blurred.as_chunks_mut().0.iter_mut().enumerate() {
+                let at = |offset: usize| &padded[x * LANES + offset..];
+                *sums = convolve(&self.half, at(reach), |i| (at(reach - i), at(reach + i)));
             }
         }
+        for i in 0..reach {
+            let above = self.kernel.inside(i as isize - reach as isize, size);
+            let below = self.kernel.inside((size + i) as isize, size);
+            for (place, source) in [(i, above), (reach + size + i, below)] {
+                let source = (reach + source) * stride;
+                self.padded_rows.copy_within(source..source + stride, place * stride);
+            }
+        }
+    }
+
+    /// Blurs the columns of `padded_rows` into `plane`.
+    #[inline(always)]
+    fn blur_columns(&self, plane: &mut [f32], size: usize) {
+        let (reach, stride) = (self.half.len() - 1, size.next_multiple_of(LANES));
+        for (y, row) in plane.chunks_exact_mut(size).enumerate() {
+            for (x, out) in row.chunks_mut(LANES).enumerate() {
+                let at = |row: usize| &self.padded_rows[(y + row) * stride + x * LANES..];
+                let sums = convolve(&self.half, at(reach), |i| (at(reach - i), at(reach + i)));
+                out.copy_from_slice(&sums[..out.len()]);
+            }
+        }
+    }
+}
+
+impl BlurKernel {
+    /// Which of `0..size` stands in for place `i`: PIL repeats the border, torchvision reflects at it.
+    #[inline(always)]
+    fn inside(self, i: isize, size: usize) -> usize {
+        let last = size as isize - 1;
+        let i = match self {
+            BlurKernel::Pil => i,
+            BlurKernel::Gaussian if i < 0 => -i,
+            BlurKernel::Gaussian if i > last => 2 * last - i,
+            BlurKernel::Gaussian => i,
+        };
+        // A kernel longer than the image reflects past the other border.
+        i.clamp(0, last) as usize
     }
 }
 

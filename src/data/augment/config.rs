@@ -8,6 +8,16 @@ use crate::error::{Error, Result};
 const MAX_SIGMA: f64 = 32.0;
 const MAX_IMAGE_SIZE: usize = 8192;
 
+/// What a Gaussian blur of some sigma is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BlurKernel {
+    /// PIL's, which the reference recipe uses: three box blurs whose variances add up to sigma squared exactly.
+    Pil,
+    /// torchvision's: the density sampled at whole pixels. Below a sigma of about 0.5 it hardly blurs.
+    Gaussian,
+}
+
 /// The distribution of the views. Both views of an image are drawn from the same one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -34,6 +44,8 @@ pub struct AugmentConfig {
     pub blur_probability: f64,
     /// Range of the blur's sigma in pixels.
     pub blur_sigma: [f64; 2],
+    /// What a blur of some sigma is.
+    pub blur_kernel: BlurKernel,
     /// Probability of a left-right flip.
     pub flip_probability: f64,
     /// Mean of the red, green and blue channel in 0..1, subtracted last.
@@ -57,6 +69,7 @@ impl AugmentConfig {
             grayscale_probability: 0.2,
             blur_probability: 0.5,
             blur_sigma: [0.1, 2.0],
+            blur_kernel: BlurKernel::Pil,
             flip_probability: 0.5,
             mean: [0.485, 0.456, 0.406],
             std: [0.229, 0.224, 0.225],

@@ -12,7 +12,7 @@ mod params;
 
 use std::ops::Range;
 
-pub use config::AugmentConfig;
+pub use config::{AugmentConfig, BlurKernel};
 pub use params::{CropBox, Jitter, JitterOp, ViewParams};
 
 use crate::data::format::Codec;
@@ -138,7 +138,7 @@ impl Augmenter {
         let stages = Stages {
             planes: Planes::new(config.image_size),
             resizer: Resizer::default(),
-            blur: Blur::default(),
+            blur: Blur::new(config),
             scale: config.std.map(|std| 1.0 / (255.0 * std)),
             offset: std::array::from_fn(|channel| -config.mean[channel] / config.std[channel]),
         };
