@@ -13,11 +13,12 @@ use crate::data::writer::refuse_existing;
 use crate::error::{Error, Result};
 use crate::exec::{CpuExecutor, Executor};
 use crate::export::torchvision::write_backbone;
+use crate::graph::Role;
 use crate::nn::resnet::{Block, ResNet, Stem};
 use crate::nn::simsiam::FeatureGraph;
 use crate::rng::Stream;
 use crate::tensor::safetensors::{self, NamedTensors};
-use crate::tensor::{DType, HostTensor};
+use crate::tensor::{DType, HostTensor, TensorDesc};
 use crate::train::checkpoint::{self, Checkpoint, Checkpoints};
 use crate::train::config::{FILE_NAME, RunConfig};
 use crate::train::state::write_params;
@@ -61,10 +62,10 @@ pub fn run(args: ExportArgs) -> Result<()> {
     let graph = config.model.feature_graph(IMAGES, config.augment.image_size, DType::F32)?;
     let mut backbone = NamedTensors::new();
     for param in &graph.params {
-        let expected = crate::tensor::TensorDesc { shape: param.torch_shape(), dtype: param.desc.dtype };
+        let expected = TensorDesc { shape: param.torch_shape(), dtype: param.desc.dtype };
         backbone.insert(param.name.clone(), checkpoint.take(&param.name, &expected)?);
     }
-    let trained = graph.tape.with_role(crate::graph::Role::Parameter);
+    let trained = graph.tape.with_role(Role::Parameter);
     let parameters: usize = trained.map(|(_, value)| value.desc.shape.len()).sum();
     let features = args.features.as_ref().map(|_| features(graph, &backbone, &config)).transpose()?;
     let step = checkpoint.state.step;

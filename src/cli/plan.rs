@@ -15,7 +15,7 @@ use super::recipe_args::BATCH;
 use crate::atomic::write_atomic;
 use crate::error::{Error, Result};
 use crate::graph::plan::Buffer;
-use crate::graph::{Phase, Plan, Role, Tape, dump};
+use crate::graph::{Node, Phase, Plan, Role, Tape, dump};
 use crate::nn::ParamInfo;
 use crate::nn::simsiam::{SimSiam, TrainGraph};
 use crate::tensor::TensorDesc;
@@ -221,7 +221,7 @@ impl Report {
 }
 
 fn flops(tape: &Tape) -> u64 {
-    let of_node = |node: &crate::graph::Node| {
+    let of_node = |node: &Node| {
         let descs: Vec<&TensorDesc> = node.inputs.iter().map(|&i| tape.desc(i)).collect();
         node.op.flops(&descs)
     };
