@@ -5,7 +5,7 @@ use crate::backend::cpu::{CpuIo, Input, Output, Tier};
 use crate::error::{Error, Result};
 use crate::exec::Executor;
 use crate::graph::plan::Buffer;
-use crate::graph::{Phase, Plan, Tape, ValueId, WriteMode};
+use crate::graph::{Phase, Plan, Role, Tape, ValueId, WriteMode};
 use crate::tensor::{DType, HostTensor, TensorDesc};
 
 /// Bytes between the buffers of a poisoned executor.
@@ -137,7 +137,9 @@ impl Executor for CpuExecutor {
     }
 
     fn first_non_finite(&mut self, phase: Phase) -> Result<Option<String>> {
-        let leaves = self.tape.values().iter().enumerate().filter(|(_, v)| v.role.persistent());
+        // Not running statistics: the run that is being looked into has updated them already.
+        let leaf = |role: Role| role.persistent() && role != Role::State;
+        let leaves = self.tape.values().iter().enumerate().filter(|(_, v)| leaf(v.role));
         for (i, value) in leaves {
             if !self.is_finite(self.plan.slots[i], value.desc.dtype) {
                 return Ok(Some(format!("{} (not finite before the step)", value.name)));
