@@ -1,5 +1,6 @@
 //! The command line: parse, resolve, run, exit code. One file per command.
 
+mod augment_args;
 mod augment_preview;
 mod inspect;
 mod meter;
