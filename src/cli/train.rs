@@ -183,9 +183,9 @@ fn describe(folder: &RunFolder, config: &RunConfig, run: &Run<'_>) {
     let trainer = run.trainer();
     let recipe = &config.recipe;
     eprintln!(
-        "{}: {:.2} M trainable parameters, batch {}, {} epochs, {}x{} pixels, {:.0} MB planned on the CPU ({} threads)",
+        "{}: {} trainable parameters, batch {}, {} epochs, {}x{} pixels, {:.0} MB planned on the CPU ({} threads)",
         folder.path().display(),
-        trainer.trainable_parameters() as f64 / 1e6,
+        trainer.trainable_parameters(),
         recipe.batch,
         recipe.epochs,
         config.augment.image_size,
