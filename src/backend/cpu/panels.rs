@@ -59,11 +59,14 @@ pub fn pack_panel<T: Real>(b: Mat<&[T]>, width: usize, panel: &mut [T]) {
     // A transposition, some rows at a time so that both sides stay in the cache.
     const ROWS: usize = 16;
     for (block, panel) in panel.chunks_mut(ROWS * width).enumerate() {
-        let first = block * ROWS * b.row_stride;
-        for col in 0..width {
-            for (row, to) in panel.chunks_exact_mut(width).enumerate() {
-                to[col] = if col < b.cols { b.data[first + row * b.row_stride + col * b.col_stride] } else { T::ZERO };
-            }
+        let rows = panel.len() / width;
+        for col in 0..b.cols {
+            let from = &b.data[block * ROWS * b.row_stride + col * b.col_stride..];
+            let from = from.iter().step_by(b.row_stride).take(rows);
+            panel[col..].iter_mut().step_by(width).zip(from).for_each(|(to, from)| *to = *from);
+        }
+        for row in panel.chunks_exact_mut(width) {
+            row[b.cols..].fill(T::ZERO);
         }
     }
 }

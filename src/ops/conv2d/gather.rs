@@ -41,19 +41,6 @@ pub(super) struct Run {
     pub count: usize,
 }
 
-/// One grid pixel, its row counted through all images.
-#[derive(Debug, Clone, Copy)]
-struct Pixel {
-    row: usize,
-    x: usize,
-}
-
-impl Run {
-    fn pixels(self) -> impl Iterator<Item = Pixel> {
-        (self.x..self.x + self.count).map(move |x| Pixel { row: self.row, x })
-    }
-}
-
 impl Gather {
     /// The forward pass: output pixels read the input.
     pub fn forward(g: &ConvGeometry) -> Gather {
@@ -114,10 +101,12 @@ impl Gather {
         tile: &mut [T],
         stride: usize,
     ) {
-        for (tile, pixel) in tile.chunks_mut(stride).zip(runs.flat_map(Run::pixels)) {
-            self.pieces(source, pixel, columns.clone(), |offset, line, start, len| {
-                copy_clipped(line, start, &mut tile[offset..offset + len]);
+        let mut first = 0;
+        for run in runs {
+            self.for_each_piece(source, run, columns.clone(), |piece| {
+                self.copy_piece(piece, run.count, &mut tile[first * stride..], stride);
             });
+            first += run.count;
         }
     }
 
@@ -132,15 +121,20 @@ impl Gather {
         width: usize,
     ) {
         let pixels: usize = runs.clone().map(|run| run.count).sum();
-        for (pixel, at) in runs.flat_map(Run::pixels).enumerate() {
-            self.pieces(source, at, columns.clone(), |mut offset, line, mut start, mut len| {
-                while len > 0 {
-                    let part = len.min(width - offset % width);
-                    let to = (offset / width * pixels + pixel) * width + offset % width;
-                    copy_clipped(line, start, &mut tile[to..to + part]);
-                    (offset, start, len) = (offset + part, start + part as isize, len - part);
+        let mut first = 0;
+        for run in runs {
+            self.for_each_piece(source, run, columns.clone(), |mut piece| {
+                while piece.len > 0 {
+                    let (panel, offset) = (piece.offset / width, piece.offset % width);
+                    let len = piece.len.min(width - offset);
+                    let to = &mut tile[(panel * pixels + first) * width..];
+                    self.copy_piece(Piece { offset, len, ..piece }, run.count, to, width);
+                    piece.offset += len;
+                    piece.start += len as isize;
+                    piece.len -= len;
                 }
             });
+            first += run.count;
         }
         if !columns.len().is_multiple_of(width) {
             let last = columns.len() / width * pixels * width;
@@ -150,32 +144,47 @@ impl Gather {
         }
     }
 
-    /// Calls `f` for each contiguous piece of columns `columns` of one patch: its offset, the line of the source it lies on
-    /// (empty above and below the image), where on (or beside) that line it starts, its length.
-    #[inline(always)]
-    fn pieces<T: Real>(
-        &self,
-        source: &[T],
-        pixel: Pixel,
-        columns: Range<usize>,
-        mut f: impl FnMut(usize, &[T], isize, usize),
-    ) {
+    /// Calls `f` for each row of taps that columns `columns` of the patches of `run` touch.
+    fn for_each_piece<T>(&self, source: &[T], run: Run, columns: Range<usize>, mut f: impl FnMut(Piece<'_, T>)) {
         let [vertical, horizontal] = self.axes;
-        let (image, y) = (pixel.row / vertical.grid, pixel.row % vertical.grid);
+        let (image, y) = (run.row / vertical.grid, run.row % vertical.grid);
         let tap_row = horizontal.taps * self.channels;
-        let line = horizontal.size * self.channels;
-        let start = ((pixel.x * horizontal.stride) as isize + horizontal.first) * self.channels as isize;
+        let line_len = horizontal.size * self.channels;
+        let start = ((run.x * horizontal.stride) as isize + horizontal.first) * self.channels as isize;
         let mut column = columns.start;
         while column < columns.end {
             let (tap_y, offset) = (column / tap_row, column % tap_row);
             let len = (tap_row - offset).min(columns.end - column);
             let source_y = (y * vertical.stride + tap_y) as isize + vertical.first;
-            let inside = (0..vertical.size as isize).contains(&source_y);
-            let line = if inside { &source[(image * vertical.size + source_y as usize) * line..][..line] } else { &[] };
-            f(column - columns.start, line, start + offset as isize, len);
+            let line = if (0..vertical.size as isize).contains(&source_y) {
+                &source[(image * vertical.size + source_y as usize) * line_len..][..line_len]
+            } else {
+                &[]
+            };
+            f(Piece { offset: column - columns.start, line, start: start + offset as isize, len });
             column += len;
         }
     }
+
+    /// Copies a piece of `count` adjacent patches to rows `stride` apart.
+    fn copy_piece<T: Real>(&self, piece: Piece<'_, T>, count: usize, to: &mut [T], stride: usize) {
+        let step = (self.axes[1].stride * self.channels) as isize;
+        for (i, row) in to.chunks_mut(stride).take(count).enumerate() {
+            copy_clipped(piece.line, piece.start + i as isize * step, &mut row[piece.offset..][..piece.len]);
+        }
+    }
+}
+
+/// Contiguous columns of the patches of a run.
+struct Piece<'a, T> {
+    /// The first column.
+    offset: usize,
+    /// The line of the source; empty above and below the image.
+    line: &'a [T],
+    /// Where on the line the first patch starts; may lie beside it.
+    start: isize,
+    /// How many columns.
+    len: usize,
 }
 
 /// How many kernel taps touch the input pixels of a phase along axis `d`.
@@ -190,13 +199,26 @@ pub(super) fn dgrad_kernel_tap(g: &ConvGeometry, d: usize, phase: usize, t: usiz
 }
 
 /// Copies `line[start..]` to `to`, zeros where that lies outside the line.
+#[inline]
 fn copy_clipped<T: Real>(line: &[T], start: isize, to: &mut [T]) {
+    if start >= 0 && start as usize + to.len() <= line.len() {
+        return copy(&line[start as usize..][..to.len()], to);
+    }
     let before = start.min(0).unsigned_abs().min(to.len());
     let first = start.max(0) as usize;
     let inside = line.len().saturating_sub(first).min(to.len() - before);
     to[..before].fill(T::ZERO);
     to[before + inside..].fill(T::ZERO);
     if inside > 0 {
-        to[before..before + inside].copy_from_slice(&line[first..first + inside]);
+        copy(&line[first..first + inside], &mut to[before..before + inside]);
+    }
+}
+
+/// A copy that does without a call for the commonest short length, a panel's width.
+#[inline]
+fn copy<T: Real>(from: &[T], to: &mut [T]) {
+    match (<&[T; 32]>::try_from(from), <&mut [T; 32]>::try_from(&mut *to)) {
+        (Ok(from), Ok(to)) => *to = *from,
+        _ => to.copy_from_slice(from),
     }
 }
