@@ -36,6 +36,15 @@ impl<'a, T: Real> Panels<'a, T> {
         Self::for_kernel(T::kernel(), data, inner, cols)
     }
 
+    /// Some of the columns.
+    ///
+    /// # Panics
+    /// If the range does not start with a panel or does not lie inside the matrix.
+    pub fn columns(self, range: Range<usize>) -> Panels<'a, T> {
+        assert!(range.start.is_multiple_of(self.kernel.width) && range.end <= self.cols, "panels: columns lie outside");
+        Panels { data: &self.data[range.start * self.inner..], cols: range.len(), ..self }
+    }
+
     fn for_kernel(kernel: Kernel<T>, data: &'a [T], inner: usize, cols: usize) -> Panels<'a, T> {
         assert!(inner * cols.next_multiple_of(kernel.width) <= data.len(), "panels: memory too short");
         Panels { kernel, data, inner, cols }

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use super::geometry::ConvGeometry;
+use super::super::geometry::ConvGeometry;
 use crate::backend::cpu::Real;
 
 /// One axis of a gather: grid position `i` reads source positions `i * stride + first + t`, `t` in `0..taps`.
@@ -22,6 +22,44 @@ pub(super) struct Axis {
     pub first: isize,
     /// Number of taps.
     pub taps: usize,
+}
+
+/// Adjacent grid positions of one axis that read the same taps, the others lying beside the source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Segment {
+    pub grid: Range<usize>,
+    pub taps: Range<usize>,
+}
+
+/// Longest axis that is cut into segments. On a longer one the border is too thin for its zeros to matter.
+const SEGMENTED: usize = 16;
+
+impl Axis {
+    /// The grid in segments. A long axis is one segment with all taps: its border reads zeros.
+    pub fn segments(self) -> impl Iterator<Item = Segment> + Clone {
+        let mut next = 0;
+        std::iter::from_fn(move || {
+            let start = next;
+            if start == self.grid {
+                return None;
+            }
+            if self.grid > SEGMENTED {
+                next = self.grid;
+                return Some(Segment { grid: 0..self.grid, taps: 0..self.taps });
+            }
+            let taps = self.taps_inside(start);
+            next = (start..self.grid).find(|&i| self.taps_inside(i) != taps).unwrap_or(self.grid);
+            Some(Segment { grid: start..next, taps })
+        })
+    }
+
+    /// The taps of grid position `i` that lie inside the source.
+    fn taps_inside(self, i: usize) -> Range<usize> {
+        let first = (i * self.stride) as isize + self.first;
+        let clamp = |t: isize| t.clamp(0, self.taps as isize) as usize;
+        let inside = clamp(-first)..clamp(self.size as isize - first);
+        if inside.is_empty() { 0..0 } else { inside }
+    }
 }
 
 /// A gather over a batch of images.
@@ -84,6 +122,22 @@ impl Gather {
             let count = (width - x).min(range.end - next);
             next += count;
             (count > 0).then_some(Run { row, x, count })
+        })
+    }
+
+    /// The columns of the patches that belong to taps `down` x `across`, in contiguous ranges.
+    pub fn columns(&self, down: &Range<usize>, across: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (channels, tap_row) = (self.channels, self.axes[1].taps * self.channels);
+        let whole = across.len() == self.axes[1].taps;
+        let (down, across) = (down.clone(), across.clone());
+        let count = if across.is_empty() || whole { down.len().min(1) } else { down.len() };
+        (0..count).map(move |i| {
+            if whole {
+                down.start * tap_row..down.end * tap_row
+            } else {
+                let row = (down.start + i) * tap_row;
+                row + across.start * channels..row + across.end * channels
+            }
         })
     }
 
