@@ -53,6 +53,14 @@ impl Axis {
         })
     }
 
+    /// The grid positions at which any of `taps` lies inside the source.
+    fn positions(self, taps: Range<usize>) -> Range<usize> {
+        let reads = |i: usize, t: usize| (i * self.stride + t) as isize + self.first;
+        let start = (0..self.grid).find(|&i| reads(i, taps.end - 1) >= 0).unwrap_or(self.grid);
+        let end = (start..self.grid).find(|&i| reads(i, taps.start) >= self.size as isize).unwrap_or(self.grid);
+        start..end
+    }
+
     /// The taps of grid position `i` that lie inside the source.
     fn taps_inside(self, i: usize) -> Range<usize> {
         let first = (i * self.stride) as isize + self.first;
@@ -113,15 +121,36 @@ impl Gather {
         self.axes[0].taps * self.axes[1].taps * self.channels
     }
 
-    /// The grid pixels `range`, numbered through all images, as runs.
-    pub fn runs(&self, range: Range<usize>) -> impl Iterator<Item = Run> + Clone + use<> {
-        let width = self.axes[1].grid;
+    /// The grid positions, vertical and horizontal, at which any of columns `columns` of the patch lies inside the source.
+    pub fn positions(&self, columns: &Range<usize>) -> [Range<usize>; 2] {
+        let [vertical, horizontal] = self.axes;
+        let taps = columns.start / self.channels..columns.end.div_ceil(self.channels);
+        let down = taps.start / horizontal.taps..taps.end.div_ceil(horizontal.taps);
+        let across = if down.len() == 1 {
+            taps.start - down.start * horizontal.taps..taps.end - down.start * horizontal.taps
+        } else {
+            0..horizontal.taps
+        };
+        [vertical.positions(down), horizontal.positions(across)]
+    }
+
+    /// The pixels number `range` of all images' grid pixels at `positions`, as runs.
+    pub fn runs(
+        &self,
+        positions: &[Range<usize>; 2],
+        range: Range<usize>,
+    ) -> impl Iterator<Item = Run> + Clone + use<> {
+        let [down, across] = positions.clone();
+        let grid = self.axes[0].grid;
         let mut next = range.start;
         std::iter::from_fn(move || {
-            let (row, x) = (next / width, next % width);
-            let count = (width - x).min(range.end - next);
+            if next >= range.end {
+                return None;
+            }
+            let (line, x) = (next / across.len(), next % across.len());
+            let count = (across.len() - x).min(range.end - next);
             next += count;
-            (count > 0).then_some(Run { row, x, count })
+            Some(Run { row: line / down.len() * grid + down.start + line % down.len(), x: across.start + x, count })
         })
     }
 
