@@ -50,6 +50,16 @@ impl<'a, T: Real> Block<'a, T> {
         self.cols
     }
 
+    /// Row `i`.
+    ///
+    /// # Panics
+    /// If there is no such row or the columns are not adjacent.
+    pub fn row_mut(&mut self, i: usize) -> &mut [T] {
+        assert!(i < self.rows && (self.col_stride == 1 || self.cols <= 1), "block: no such row");
+        // SAFETY: row i of the block, `cols` adjacent elements, is ours and borrowed as long as the block.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(i * self.row_stride), self.cols) }
+    }
+
     /// `self = a b` or, with `accumulate`, `self += a b`. Runs on the calling thread.
     ///
     /// # Panics

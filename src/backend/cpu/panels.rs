@@ -36,6 +36,15 @@ impl<'a, T: Real> Panels<'a, T> {
         Self::for_kernel(T::kernel(), data, inner, cols)
     }
 
+    /// Some of the columns.
+    ///
+    /// # Panics
+    /// If the range does not start with a panel or does not lie inside the matrix.
+    pub fn columns(self, range: Range<usize>) -> Panels<'a, T> {
+        assert!(range.start.is_multiple_of(self.kernel.width) && range.end <= self.cols, "panels: columns lie outside");
+        Panels { data: &self.data[range.start * self.inner..], cols: range.len(), ..self }
+    }
+
     fn for_kernel(kernel: Kernel<T>, data: &'a [T], inner: usize, cols: usize) -> Panels<'a, T> {
         assert!(inner * cols.next_multiple_of(kernel.width) <= data.len(), "panels: memory too short");
         Panels { kernel, data, inner, cols }
@@ -59,11 +68,14 @@ pub fn pack_panel<T: Real>(b: Mat<&[T]>, width: usize, panel: &mut [T]) {
     // A transposition, some rows at a time so that both sides stay in the cache.
     const ROWS: usize = 16;
     for (block, panel) in panel.chunks_mut(ROWS * width).enumerate() {
-        let first = block * ROWS * b.row_stride;
-        for col in 0..width {
-            for (row, to) in panel.chunks_exact_mut(width).enumerate() {
-                to[col] = if col < b.cols { b.data[first + row * b.row_stride + col * b.col_stride] } else { T::ZERO };
-            }
+        let rows = panel.len() / width;
+        for col in 0..b.cols {
+            let from = &b.data[block * ROWS * b.row_stride + col * b.col_stride..];
+            let from = from.iter().step_by(b.row_stride).take(rows);
+            panel[col..].iter_mut().step_by(width).zip(from).for_each(|(to, from)| *to = *from);
+        }
+        for row in panel.chunks_exact_mut(width) {
+            row[b.cols..].fill(T::ZERO);
         }
     }
 }

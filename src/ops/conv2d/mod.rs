@@ -1,7 +1,6 @@
 //! 2-D convolution over NHWC, weights `[c_out][kh][kw][c_in]`, and its two gradients.
 
 pub mod direct;
-mod gather;
 pub mod geometry;
 pub mod reference;
 
