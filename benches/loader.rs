@@ -1,4 +1,5 @@
 //! Images per second through the loader (two views each), from a warm file.
+#![allow(missing_docs)] // the harness makes undocumented functions
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

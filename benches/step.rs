@@ -2,6 +2,7 @@
 //!
 //! `cargo bench --bench step`; beside it `tools/pytorch_baseline.py --device cpu --arch resnet18 --stem cifar
 //! --image-size 32 --batch 64 --projector-layers 2 --hidden 2048`.
+#![allow(missing_docs)] // the harness makes undocumented functions
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use simsiam_engine::backend::cpu::Tier;

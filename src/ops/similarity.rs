@@ -137,7 +137,7 @@ impl Op for SimilarityBackward {
         let [m, r, d] = self.forward.check(io.inputs[1].desc, io.inputs[2].desc)?;
         let shift = self.forward.z_shift;
         dispatch_real!(self.name(), io.inputs[1].desc.dtype, T => {
-            let scale = f64::from(io.inputs[0].get::<T>()[0]) / m as f64;
+            let scale = io.inputs[0].get::<T>()[0].to_f64() / m as f64;
             let (p, z) = (io.inputs[1].get::<T>(), io.inputs[2].get::<T>());
             let accumulate = io.outputs[0].accumulate;
             io.outputs[0].get::<T>().par_chunks_mut(d).enumerate().for_each(|(row, out)| {

@@ -24,6 +24,9 @@ impl Slot {
     }
 }
 
+/// Slices lent for one node: read ones, then written ones.
+pub type Borrowed<'a> = (Vec<&'a [u8]>, Vec<&'a mut [u8]>);
+
 /// Zero-initialised memory; pages are touched only when used.
 #[derive(Debug)]
 pub struct Arena {
@@ -62,7 +65,7 @@ impl Arena {
     ///
     /// # Errors
     /// [`Error::Internal`] when a slot leaves the arena or a written slot overlaps any other: a planner fault.
-    pub fn borrow(&mut self, reads: &[Slot], writes: &[Slot]) -> Result<(Vec<&[u8]>, Vec<&mut [u8]>)> {
+    pub fn borrow(&mut self, reads: &[Slot], writes: &[Slot]) -> Result<Borrowed<'_>> {
         check_disjoint(self.memory.len(), reads, writes)?;
         let base = self.memory.as_mut_ptr();
         // SAFETY: `check_disjoint` showed that every slot lies inside the mapping and that no written slot overlaps another

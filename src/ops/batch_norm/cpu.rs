@@ -254,19 +254,12 @@ impl<T: Real> GroupGradient<T> {
             for (row, d_x) in d_x.chunks_exact_mut(channels).enumerate() {
                 let span = i * chunk + row * channels..i * chunk + (row + 1) * channels;
                 let (x, d_y) = (&x[span.clone()], &d_y[span.clone()]);
-                let gradient = |c: usize, g: T| scale[c] * (g - offset[c] - (x[c] - mean[c]) * slope[c]);
-                let mut write = |c: usize, value: T| d_x[c] = if accumulate { d_x[c] + value } else { value };
-                match y.map(|y| &y[span]) {
-                    Some(y) => {
-                        for c in 0..channels {
-                            write(c, gradient(c, if y[c] > T::ZERO { d_y[c] } else { T::ZERO }));
-                        }
-                    }
-                    None => {
-                        for c in 0..channels {
-                            write(c, gradient(c, d_y[c]));
-                        }
-                    }
+                let y = y.map(|y| &y[span]);
+                for c in 0..channels {
+                    let open = y.is_none_or(|y| y[c] > T::ZERO);
+                    let g = if open { d_y[c] } else { T::ZERO };
+                    let value = scale[c] * (g - offset[c] - (x[c] - mean[c]) * slope[c]);
+                    d_x[c] = if accumulate { d_x[c] + value } else { value };
                 }
             }
         });

@@ -72,7 +72,7 @@ impl Op for BatchNorm {
         let channels = check_inputs("batch_norm", inputs, self.fusion)?;
         let x = inputs[0];
         let n = x.shape.dims()[0];
-        if n % self.groups != 0 || x.shape.rows() / self.groups < 2 {
+        if !n.is_multiple_of(self.groups) || x.shape.rows() / self.groups < 2 {
             let expected = format!("a multiple of {} groups with at least 2 values per channel and group", self.groups);
             return Err(Error::shape("batch_norm", "first dimension of x", expected, &x.shape));
         }
