@@ -1,4 +1,5 @@
 //! Views per second of one core, whole and by stage.
+#![allow(missing_docs)] // the harness makes undocumented functions
 
 use std::hint::black_box;
 

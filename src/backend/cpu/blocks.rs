@@ -7,6 +7,8 @@ use std::marker::PhantomData;
 use rayon::prelude::*;
 
 use super::gemm::{Mat, Real, gemm_raw};
+use super::panels::{Panels, pack_panel};
+use super::scratch::with_scratch;
 
 /// A block of a mutable matrix that no other task can reach.
 #[derive(Debug)]
@@ -112,10 +114,62 @@ unsafe impl<T: Send> Sync for SharedPtr<T> {}
 /// If the dimensions do not fit together or a slice is shorter than its matrix.
 pub fn gemm_blocks<T: Real>(c: Mat<&mut [T]>, a: Mat<&[T]>, b: Mat<&[T]>, accumulate: bool) {
     assert!(a.rows == c.rows && b.cols == c.cols && a.cols == b.rows, "gemm: dimensions do not fit");
+    assert!(a.span() <= a.data.len() && b.span() <= b.data.len(), "gemm: slice too short");
+    if c.col_stride != 1 && c.row_stride == 1 {
+        return gemm_blocks(c.t(), b.t(), a.t(), accumulate);
+    }
+    let adjacent = c.col_stride == 1;
     let block = block_shape(c.rows, c.cols, a.cols);
     par_blocks(c, block, |mut c, row, col| {
-        c.gemm(a.sub(row, 0, c.rows(), a.cols), b.sub(0, col, b.rows, c.cols()), accumulate);
+        let a = a.sub(row, 0, c.rows(), a.cols);
+        let b = b.sub(0, col, b.rows, c.cols());
+        if adjacent {
+            multiply_packed(&mut c, a, b, accumulate);
+        } else {
+            c.gemm(a, b, accumulate);
+        }
     });
+}
+
+/// Longest chain of sums in working precision; longer inner dimensions are cut, the results added in order.
+const MAX_CHAIN: usize = 384;
+
+/// The product of one block, both operands packed chunk by chunk. Runs on the calling thread.
+fn multiply_packed<T: Real>(c: &mut Block<'_, T>, a: Mat<&[T]>, b: Mat<&[T]>, accumulate: bool) {
+    let longest = a.cols.min(MAX_CHAIN);
+    let width = Panels::<T>::width();
+    with_scratch(Panels::<T>::size(longest, b.cols) + a.rows * longest, |memory| {
+        let (panels, tile) = memory.split_at_mut(Panels::<T>::size(longest, b.cols));
+        let mut start = 0;
+        loop {
+            let len = longest.min(a.cols - start);
+            for (i, panel) in panels.chunks_exact_mut((len * width).max(1)).take(b.cols.div_ceil(width)).enumerate() {
+                pack_panel(b.sub(start, i * width, len, width.min(b.cols - i * width)), width, panel);
+            }
+            let a_part = pack_left(a.sub(0, start, a.rows, len), tile);
+            c.multiply(a_part, Panels::new(panels, len, b.cols), 0..len, accumulate || start > 0);
+            start += len;
+            if start == a.cols {
+                break;
+            }
+        }
+    });
+}
+
+/// Copies `a` to `tile`, without gaps: rows far apart would crowd into a few sets of the cache.
+fn pack_left<'a, T: Real>(a: Mat<&[T]>, tile: &'a mut [T]) -> Mat<&'a [T]> {
+    if a.row_stride == 1 && a.col_stride != 1 {
+        return pack_left(a.t(), tile).t();
+    }
+    for (i, row) in tile.chunks_exact_mut(a.cols.max(1)).take(a.rows).enumerate() {
+        let from = a.sub(i, 0, 1, a.cols).data;
+        if a.col_stride == 1 {
+            row.copy_from_slice(&from[..a.cols]);
+        } else {
+            row.iter_mut().zip(from.iter().step_by(a.col_stride)).for_each(|(to, from)| *to = *from);
+        }
+    }
+    Mat::row_major(tile, a.rows, a.cols)
 }
 
 /// Blocks of about 256 x 256, cut smaller while there are too few to share out and each still is worth a task.
@@ -140,25 +194,40 @@ mod tests {
         (0..len).map(|i| (i as f64 * step).sin()).collect()
     }
 
+    /// A matrix of these sizes in one of four layouts: row-major, padded, transposed, and with gaps both ways.
+    fn layout<S>(data: S, rows: usize, cols: usize, which: usize) -> Mat<S> {
+        match which {
+            0 => Mat::row_major(data, rows, cols),
+            1 => Mat::strided(data, rows, cols, cols + 3),
+            2 => Mat::strided(data, cols, rows, rows + 2).t(),
+            _ => Mat { data, rows, cols, row_stride: 2, col_stride: 2 * rows + 1 },
+        }
+    }
+
     #[test]
-    fn blocked_product_matches_one_product_on_strided_operands() {
-        for (m, k, n) in [(1, 7, 1), (37, 300, 530), (600, 65, 33), (64, 512, 700), (5, 0, 9)] {
-            // a is stored transposed, c has padded rows.
-            let (a, b) = (filled(m * k, 0.7), filled(k * n, 1.3));
-            let (a, b) = (Mat::row_major(&a[..], k, m).t(), Mat::row_major(&b[..], k, n));
-            for accumulate in [false, true] {
-                let before = filled(m * (n + 3), 0.1);
+    fn blocked_product_matches_plain_loops_in_every_layout() {
+        for (m, k, n) in [(1, 7, 1), (37, 400, 130), (300, 65, 33), (64, 20, 300), (5, 0, 9)] {
+            let (a, b) = (filled(2 * (m + 3) * (k + 3), 0.7), filled(2 * (k + 3) * (n + 3), 1.3));
+            for case in 0..64 {
+                let a = layout(&a[..], m, k, case % 4);
+                let b = layout(&b[..], k, n, case / 4 % 4);
+                let accumulate = case % 3 == 0;
+                let before = filled(2 * (m + 3) * (n + 3), 0.1);
                 let mut got = before.clone();
-                gemm_blocks(Mat::strided(&mut got, m, n, n + 3), a, b, accumulate);
-                for (i, (&got, &old)) in got.iter().zip(&before).enumerate() {
-                    let (row, col) = (i / (n + 3), i % (n + 3));
-                    let want = if col < n {
-                        let sum: f64 = (0..k).map(|l| a.data[l * m + row] * b.data[l * n + col]).sum();
-                        sum + if accumulate { old } else { 0.0 }
-                    } else {
-                        old
-                    };
-                    assert!((got - want).abs() < 1e-11, "{m}x{k}x{n} at {row},{col}: {got} against {want}");
+                gemm_blocks(layout(&mut got[..], m, n, case / 16), a, b, accumulate);
+                let c = layout((), m, n, case / 16);
+                let mut want = before;
+                for i in 0..m {
+                    for j in 0..n {
+                        let product = |l: usize| {
+                            a.data[i * a.row_stride + l * a.col_stride] * b.data[l * b.row_stride + j * b.col_stride]
+                        };
+                        let to = &mut want[i * c.row_stride + j * c.col_stride];
+                        *to = if accumulate { *to } else { 0.0 } + (0..k).map(product).sum::<f64>();
+                    }
+                }
+                for (got, want) in got.iter().zip(&want) {
+                    assert!((got - want).abs() < 1e-11, "{m}x{k}x{n}, layouts {case}: {got} against {want}");
                 }
             }
         }

@@ -65,14 +65,35 @@ pub fn pack_panel<T: Real>(b: Mat<&[T]>, width: usize, panel: &mut [T]) {
         }
         return;
     }
-    // A transposition, some rows at a time so that both sides stay in the cache.
+    if b.row_stride == 1 {
+        return transpose_panel(b, width, panel);
+    }
+    for (row, to) in panel.chunks_exact_mut(width).enumerate() {
+        let from = b.data[row * b.row_stride..].iter().step_by(b.col_stride);
+        let (values, padding) = to.split_at_mut(b.cols);
+        values.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+        padding.fill(T::ZERO);
+    }
+}
+
+/// [`pack_panel`] of a matrix whose columns are contiguous: squares of 4 x 4 elements, some rows at a time so that both sides
+/// stay in the cache.
+fn transpose_panel<T: Real>(b: Mat<&[T]>, width: usize, panel: &mut [T]) {
     const ROWS: usize = 16;
     for (block, panel) in panel.chunks_mut(ROWS * width).enumerate() {
         let rows = panel.len() / width;
-        for col in 0..b.cols {
-            let from = &b.data[block * ROWS * b.row_stride + col * b.col_stride..];
-            let from = from.iter().step_by(b.row_stride).take(rows);
-            panel[col..].iter_mut().step_by(width).zip(from).for_each(|(to, from)| *to = *from);
+        let column = |col: usize| &b.data[block * ROWS + col * b.col_stride..][..rows];
+        let squares = if rows == ROWS { b.cols / 4 * 4 } else { 0 };
+        for col in (0..squares).step_by(4) {
+            let from = [0, 1, 2, 3].map(|i| column(col + i));
+            for row in (0..ROWS).step_by(4) {
+                for i in row..row + 4 {
+                    panel[i * width + col..][..4].copy_from_slice(&[from[0][i], from[1][i], from[2][i], from[3][i]]);
+                }
+            }
+        }
+        for col in squares..b.cols {
+            panel[col..].iter_mut().step_by(width).zip(column(col)).for_each(|(to, from)| *to = *from);
         }
         for row in panel.chunks_exact_mut(width) {
             row[b.cols..].fill(T::ZERO);

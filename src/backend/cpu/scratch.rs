@@ -28,6 +28,12 @@ pub fn with_scratch<T: Real, R>(len: usize, f: impl FnOnce(&mut [T]) -> R) -> R 
     result
 }
 
+/// Bytes that the calling thread keeps.
+#[cfg(test)]
+pub(crate) fn kept_bytes() -> usize {
+    FREE.with_borrow(|free| free.iter().map(|lines| size_of_val(&lines[..])).sum())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -121,6 +121,12 @@ impl Gather {
         self.axes[0].taps * self.axes[1].taps * self.channels
     }
 
+    /// The parts of the grid that read the same taps, vertically and horizontally.
+    pub fn segments(self) -> impl Iterator<Item = [Segment; 2]> {
+        let [vertical, horizontal] = self.axes;
+        vertical.segments().flat_map(move |down| horizontal.segments().map(move |across| [down.clone(), across]))
+    }
+
     /// The grid positions, vertical and horizontal, at which any of columns `columns` of the patch lies inside the source.
     pub fn positions(&self, columns: &Range<usize>) -> [Range<usize>; 2] {
         let [vertical, horizontal] = self.axes;

@@ -5,8 +5,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::super::geometry::ConvGeometry;
-use super::gather::{Gather, Run, Segment, dgrad_kernel_tap};
-use super::{even_part, parts};
+use super::gather::{Gather, Run, dgrad_kernel_tap};
+use super::{WIDEST_PANEL, even_part, parts};
 use crate::backend::cpu::panels::pack_panel;
 use crate::backend::cpu::scratch::with_scratch;
 use crate::backend::cpu::{Block, Mat, Panels, Real, par_blocks};
@@ -113,7 +113,7 @@ fn multiply<'a, T: Real>(
     to: Mat<&mut [T]>,
     accumulate: bool,
 ) {
-    let block = task_block(products.clone().map(|p| p.segments().count()).sum(), to.rows / size[1], size[1], to.cols);
+    let block = task_block(products.clone().map(|p| p.gather), to.rows / size[1], size[1], to.cols);
     par_blocks(to, [block[0] * size[1], block[1]], |mut to, row, column| {
         let lines = row / size[1]..(row + to.rows()) / size[1];
         for product in products.clone() {
@@ -123,25 +123,35 @@ fn multiply<'a, T: Real>(
     });
 }
 
-/// Lines and columns of a task, where all products together have `segments` segments.
-fn task_block(segments: usize, lines: usize, width: usize, columns: usize) -> [usize; 2] {
-    let most = if segments > 1 { 2 * TASK_PIXELS } else { TASK_PIXELS };
+/// Lines and columns of a task.
+fn task_block(gathers: impl Iterator<Item = Gather>, lines: usize, width: usize, columns: usize) -> [usize; 2] {
+    let whole = gathers.map(|gather| gather.segments().count()).sum::<usize>() == 1;
+    let most = if whole { TASK_PIXELS } else { 2 * TASK_PIXELS };
     let pixels = (lines * width).div_ceil(2 * ENOUGH_TASKS).clamp(most / 2, most);
     let band = even_part(lines, (pixels / width).max(1));
     let mut block = [band, columns];
     while lines.div_ceil(band) * columns.div_ceil(block[1]) < ENOUGH_TASKS && block[1] >= 256 {
-        block[1] = block[1].div_ceil(2).next_multiple_of(32); // whole panels of any width
+        block[1] = block[1].div_ceil(2).next_multiple_of(WIDEST_PANEL);
     }
     block
 }
 
-impl<T: Real> Product<'_, T> {
-    /// The parts of the grid that read the same taps.
-    fn segments(&self) -> impl Iterator<Item = [Segment; 2]> + Clone + use<T> {
-        let [vertical, horizontal] = self.gather.axes;
-        vertical.segments().flat_map(move |y| horizontal.segments().map(move |x| [y.clone(), x]))
-    }
+/// Elements of scratch memory that forward and input gradient need: the packed weights, once per call, and in each thread a
+/// tile of patches and a product.
+pub(super) fn scratch(g: &ConvGeometry) -> [usize; 2] {
+    let tile =
+        |[lines, columns]: [usize; 2], width: usize, patch: usize| lines * width * (columns + MAX_CHAIN.min(patch));
+    let forward = task_block(std::iter::once(Gather::forward(g)), g.n * g.oh(), g.ow(), g.c_out);
+    let dgrad = task_block(phases(g).map(|phase| Gather::dgrad(g, phase)), g.n * g.h, g.w, g.c_in);
+    let taps = g.kernel[0] * g.kernel[1];
+    let padded = |channels: usize| channels.next_multiple_of(WIDEST_PANEL);
+    [
+        taps * (padded(g.c_out) * g.c_in).max(g.c_out * padded(g.c_in)),
+        tile(forward, g.ow(), g.patch()).max(tile(dgrad, g.w, taps * g.c_out)),
+    ]
+}
 
+impl<T: Real> Product<'_, T> {
     /// Makes its pixels of the result's `lines`, counted through all images; `to` holds these lines.
     fn multiply_band(
         &self,
@@ -153,7 +163,7 @@ impl<T: Real> Product<'_, T> {
     ) {
         let [height, width] = size;
         let grid = self.gather.axes.map(|axis| axis.grid);
-        for [down, across] in self.segments() {
+        for [down, across] in self.gather.segments() {
             let of_segment = lines.clone().filter_map(|line| {
                 let (image, y) = (line / height, line % height);
                 let on_grid = y % self.step[0] == self.origin[0] && down.grid.contains(&(y / self.step[0]));

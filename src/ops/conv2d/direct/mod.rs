@@ -11,6 +11,27 @@ use std::ops::Range;
 pub use grid::{dgrad, forward};
 pub use wgrad::{wgrad, wgrad_workspace};
 
+use super::geometry::ConvGeometry;
+
+/// The panel width of every kernel divides this.
+const WIDEST_PANEL: usize = 32;
+
+/// Bytes of scratch memory of one convolution in elements of type `T`. Threads keep and reuse the memory: over several
+/// convolutions the largest counts, not the sum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScratchBytes {
+    /// The packed weights, in the thread that makes the call.
+    pub call: usize,
+    /// Tiles of patches and products, in every thread.
+    pub thread: usize,
+}
+
+/// The scratch memory that all passes of a convolution need at most.
+pub fn scratch_bytes<T>(g: &ConvGeometry) -> ScratchBytes {
+    let [weights, grid] = grid::scratch(g);
+    ScratchBytes { call: weights * size_of::<T>(), thread: grid.max(wgrad::scratch(g)) * size_of::<T>() }
+}
+
 /// Size of the parts when `total` is cut into nearly equal ones of at most `limit`; at least 1.
 fn even_part(total: usize, limit: usize) -> usize {
     total.div_ceil(total.div_ceil(limit).max(1)).max(1)
@@ -24,7 +45,6 @@ fn parts(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>>
 
 #[cfg(test)]
 mod tests {
-    use super::super::geometry::ConvGeometry;
     use super::super::reference;
     use super::*;
     use crate::backend::cpu::Real;
@@ -140,6 +160,30 @@ mod tests {
         for g in awkward() {
             check::<f32>(&g, 1e-6, false);
             check::<f32>(&g, 1e-6, true);
+        }
+    }
+
+    #[test]
+    fn scratch_memory_is_as_declared() {
+        for g in awkward() {
+            let [x, w, d_y] = tensors::<f32>(&g);
+            type Pass = fn(&ConvGeometry, &mut [Vec<f32>; 3]);
+            let passes: [Pass; 3] = [
+                |g, [x, w, y]| forward(g, x, w, y),
+                |g, [x, w, y]| dgrad(g, y, w, x, false),
+                |g, [x, w, y]| wgrad(g, x, y, w, false, &mut vec![0.0; wgrad_workspace(g)]),
+            ];
+            let declared = scratch_bytes::<f32>(&g);
+            for pass in passes {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+                let mut tensors = [x.clone(), w.clone(), d_y.clone()];
+                let kept = pool.install(|| {
+                    pass(&g, &mut tensors);
+                    crate::backend::cpu::scratch::kept_bytes()
+                });
+                let rounding = 3 * 64; // three buffers of whole cache lines
+                assert!(kept > 0 && kept <= declared.call + declared.thread + rounding, "{g:?}: {kept}, {declared:?}");
+            }
         }
     }
 

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::super::geometry::ConvGeometry;
 use super::gather::{Gather, Run};
-use super::{even_part, parts};
+use super::{WIDEST_PANEL, even_part, parts};
 use crate::backend::cpu::scratch::with_scratch;
 use crate::backend::cpu::{Mat, Panels, Real, par_blocks};
 
@@ -85,11 +85,17 @@ impl Tasks {
 /// pixels at which these taps read padding are left out.
 fn task_columns(g: &ConvGeometry) -> usize {
     let tap_row = g.kernel[1] * g.c_in;
-    let whole_panels = |columns: usize| columns.is_multiple_of(32);
+    let whole_panels = |columns: usize| columns.is_multiple_of(WIDEST_PANEL);
     [tap_row, g.c_in, g.c_in / 2, g.c_in / 4]
         .into_iter()
         .find(|&columns| whole_panels(columns) && (128..=COLUMNS).contains(&columns))
-        .unwrap_or(even_part(g.patch(), COLUMNS).next_multiple_of(32))
+        .unwrap_or(even_part(g.patch(), COLUMNS).next_multiple_of(WIDEST_PANEL))
+}
+
+/// Elements of scratch memory that the weight gradient needs in each thread.
+pub(super) fn scratch(g: &ConvGeometry) -> usize {
+    let tasks = Tasks::new(g);
+    PIXELS * (tasks.rows + tasks.columns.next_multiple_of(WIDEST_PANEL))
 }
 
 /// `tasks.splits` weight gradients, each over its part of the pixels, one after the other in `to`.
