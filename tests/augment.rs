@@ -337,3 +337,66 @@ fn correlation(pairs: impl Iterator<Item = (f64, f64)> + Clone) -> f64 {
     let moment = |f: fn(f64, f64) -> f64| pairs.clone().map(|(a, b)| f(a - mean_a, b - mean_b)).sum::<f64>();
     moment(|a, b| a * b) / (moment(|a, _| a * a) * moment(|_, b| b * b)).sqrt()
 }
+
+/// A dataset of five images, two of them grey, as the command line makes it.
+fn prepare(folder: &Path) -> PathBuf {
+    let images = folder.join("images");
+    std::fs::create_dir(&images).unwrap();
+    for i in 0..5u8 {
+        let pixel = |x: u32, y: u32| (x * 3 + y * u32::from(i)) as u8;
+        let path = images.join(format!("{i}.png"));
+        if i < 2 {
+            image::GrayImage::from_fn(40, 30, |x, y| image::Luma([pixel(x, y)])).save(path).unwrap();
+        } else {
+            image::RgbImage::from_fn(30, 60, |x, y| image::Rgb([pixel(x, y), x as u8, 200])).save(path).unwrap();
+        }
+    }
+    let out = folder.join("five.ssds");
+    let (ok, message) = engine(&["prepare", images.to_str().unwrap(), out.to_str().unwrap(), "--store", "raw:32"]);
+    assert!(ok, "{message}");
+    out
+}
+
+/// Runs the program: whether it succeeded, and what it said.
+fn engine(arguments: &[&str]) -> (bool, String) {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_simsiam-engine")).args(arguments).output().unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.success(), String::from_utf8_lossy(&said).into_owned())
+}
+
+#[test]
+fn augment_preview_draws_a_row_for_each_image() {
+    let folder = tempfile::tempdir().unwrap();
+    let dataset = prepare(folder.path());
+    let preview = |name: &str, options: &[&str]| {
+        let out = folder.path().join(name);
+        let arguments = ["augment-preview", dataset.to_str().unwrap(), out.to_str().unwrap()];
+        let (ok, message) = engine(&[&arguments, options].concat());
+        assert!(ok, "{message}");
+        image::open(out).unwrap().to_rgb8()
+    };
+    let three = preview("a.png", &["--count", "3", "--preset", "cifar"]);
+    assert_eq!(three.dimensions(), (3 * 132 + 4, 3 * 132 + 4));
+    // No more rows than images.
+    assert_eq!(preview("b.png", &["--preset", "cifar"]).dimensions(), (3 * 132 + 4, 5 * 132 + 4));
+    assert_eq!(preview("c.png", &["--count", "3", "--preset", "cifar"]), three, "not repeatable");
+    assert_ne!(preview("d.png", &["--count", "3", "--preset", "cifar", "--epoch", "1"]), three);
+    assert_ne!(preview("e.png", &["--count", "3", "--preset", "cifar", "--seed", "1"]), three);
+}
+
+#[test]
+fn augment_preview_names_what_is_wrong() {
+    let folder = tempfile::tempdir().unwrap();
+    let dataset = prepare(folder.path());
+    let out = folder.path().join("preview.png");
+    for (options, expected) in [
+        (["--hue", "0.7"], "error: --hue: expected a number from 0 to 0.5, got 0.7"),
+        (["--crop-scale", "0.2"], "expected 2 numbers with commas between them"),
+        (["--count", "0"], "--count"),
+    ] {
+        let arguments = ["augment-preview", dataset.to_str().unwrap(), out.to_str().unwrap(), options[0], options[1]];
+        let (ok, message) = engine(&arguments);
+        assert!(!ok && message.contains(expected) && !message.contains("panicked"), "{message}");
+        assert!(!out.exists());
+    }
+}
