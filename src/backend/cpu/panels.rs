@@ -85,10 +85,11 @@ fn transpose_panel<T: Real>(b: Mat<&[T]>, width: usize, panel: &mut [T]) {
         let column = |col: usize| &b.data[block * ROWS + col * b.col_stride..][..rows];
         let squares = if rows == ROWS { b.cols / 4 * 4 } else { 0 };
         for col in (0..squares).step_by(4) {
-            let from = [0, 1, 2, 3].map(|i| column(col + i));
-            for row in (0..ROWS).step_by(4) {
-                for i in row..row + 4 {
-                    panel[i * width + col..][..4].copy_from_slice(&[from[0][i], from[1][i], from[2][i], from[3][i]]);
+            let from = [0, 1, 2, 3].map(|i| column(col + i).as_chunks::<4>().0);
+            for (square, to) in panel.chunks_exact_mut(4 * width).enumerate() {
+                let transposed = T::transpose(from.map(|column| column[square]));
+                for (to, row) in to.chunks_exact_mut(width).zip(&transposed) {
+                    to[col..col + 4].copy_from_slice(row);
                 }
             }
         }
