@@ -219,4 +219,28 @@ mod tests {
         f32_kernels().into_iter().for_each(check);
         f64_kernels().into_iter().for_each(check);
     }
+
+    #[test]
+    fn fused_kernels_agree_bit_for_bit() {
+        let (m, k, n) = (23, 100, 70);
+        let value = |i: usize| (i as f32 * 0.73).sin();
+        let a: Vec<f32> = (0..m * k).map(value).collect();
+        let b: Vec<f32> = (0..k * n).map(|i| value(i + 500)).collect();
+        let product = |kernel: Kernel<f32>| {
+            let mut memory = vec![0.0; k * n.next_multiple_of(kernel.width)];
+            for (j, panel) in memory.chunks_exact_mut(k * kernel.width).enumerate() {
+                let columns = kernel.width.min(n - j * kernel.width);
+                pack_panel(Mat::row_major(&b[..], k, n).sub(0, j * kernel.width, k, columns), kernel.width, panel);
+            }
+            let mut c = vec![0.0; m * n];
+            let mut block = Block::whole(Mat::row_major(&mut c[..], m, n));
+            block.multiply(Mat::row_major(&a, m, k), Panels::for_kernel(kernel, &memory, k, n), 0..k, false);
+            c.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+        };
+        // The last one is the plain kernel, which does not fuse.
+        let mut kernels = f32_kernels();
+        kernels.pop();
+        let products: Vec<_> = kernels.into_iter().map(product).collect();
+        assert!(products.windows(2).all(|pair| pair[0] == pair[1]));
+    }
 }
