@@ -85,10 +85,11 @@ fn transpose_panel<T: Real>(b: Mat<&[T]>, width: usize, panel: &mut [T]) {
         let column = |col: usize| &b.data[block * ROWS + col * b.col_stride..][..rows];
         let squares = if rows == ROWS { b.cols / 4 * 4 } else { 0 };
         for col in (0..squares).step_by(4) {
-            let from = [0, 1, 2, 3].map(|i| column(col + i));
-            for row in (0..ROWS).step_by(4) {
-                for i in row..row + 4 {
-                    panel[i * width + col..][..4].copy_from_slice(&[from[0][i], from[1][i], from[2][i], from[3][i]]);
+            let from = [0, 1, 2, 3].map(|i| column(col + i).as_chunks::<4>().0);
+            for (square, to) in panel.chunks_exact_mut(4 * width).enumerate() {
+                let transposed = T::transpose(from.map(|column| column[square]));
+                for (to, row) in to.chunks_exact_mut(width).zip(&transposed) {
+                    to[col..col + 4].copy_from_slice(row);
                 }
             }
         }
@@ -217,5 +218,29 @@ mod tests {
     fn product_with_panels_matches_plain_loops_for_every_kernel() {
         f32_kernels().into_iter().for_each(check);
         f64_kernels().into_iter().for_each(check);
+    }
+
+    #[test]
+    fn fused_kernels_agree_bit_for_bit() {
+        let (m, k, n) = (23, 100, 70);
+        let value = |i: usize| (i as f32 * 0.73).sin();
+        let a: Vec<f32> = (0..m * k).map(value).collect();
+        let b: Vec<f32> = (0..k * n).map(|i| value(i + 500)).collect();
+        let product = |kernel: Kernel<f32>| {
+            let mut memory = vec![0.0; k * n.next_multiple_of(kernel.width)];
+            for (j, panel) in memory.chunks_exact_mut(k * kernel.width).enumerate() {
+                let columns = kernel.width.min(n - j * kernel.width);
+                pack_panel(Mat::row_major(&b[..], k, n).sub(0, j * kernel.width, k, columns), kernel.width, panel);
+            }
+            let mut c = vec![0.0; m * n];
+            let mut block = Block::whole(Mat::row_major(&mut c[..], m, n));
+            block.multiply(Mat::row_major(&a, m, k), Panels::for_kernel(kernel, &memory, k, n), 0..k, false);
+            c.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+        };
+        // The last one is the plain kernel, which does not fuse.
+        let mut kernels = f32_kernels();
+        kernels.pop();
+        let products: Vec<_> = kernels.into_iter().map(product).collect();
+        assert!(products.windows(2).all(|pair| pair[0] == pair[1]));
     }
 }
