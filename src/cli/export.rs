@@ -45,6 +45,13 @@ pub struct ExportArgs {
     force: bool,
 }
 
+impl ExportArgs {
+    /// The backbone of `source`, into a new file.
+    pub fn new(source: PathBuf, out: PathBuf) -> ExportArgs {
+        ExportArgs { source, out, features: None, force: false }
+    }
+}
+
 /// What is told of the training state.
 #[derive(Debug, Deserialize)]
 struct State {
