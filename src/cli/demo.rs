@@ -1,6 +1,5 @@
 //! `demo`: the whole main job on embedded data, without download or preparation.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -179,7 +178,7 @@ impl Demo {
             writeln!(
                 out,
                 "Without the stop-gradient the network cheats: the loss falls to its minimum of -1 because every image gets\n\
-                 nearly the same z (z std falls towards 0), in few directions (effective rank), and little is learned.\n"
+                 nearly the same z (z std falls towards 0), in few directions (effective rank). Its features gain nothing.\n"
             )
         })?;
         self.chart("SimSiam with and without the stop-gradient", &curves, floors)?;
