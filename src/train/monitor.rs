@@ -16,7 +16,7 @@ const STD_FLOOR: f64 = 0.5;
 /// at 84, a healthy run levels off near 70 (0.83), one without stop-gradient falls to 19-37 (0.23-0.44) in three epochs.
 const RANK_SHARE: f64 = 0.5;
 /// Below this share of min(rows, d) the effective rank means collapse even when nothing better was ever seen.
-const RANK_FLOOR: f64 = 0.1;
+const RANK_FLOOR: f64 = 0.02;
 /// A value must climb this much above its floor before the next warning, so that noise at the floor warns once.
 const RECOVERY: f64 = 1.2;
 
@@ -231,7 +231,7 @@ mod tests {
 
     #[test]
     fn a_run_that_starts_collapsed_is_noticed() {
-        let warnings = CollapseMonitor::new(4096, 2048).observe(0.9, Some(40.0));
+        let warnings = CollapseMonitor::new(4096, 2048).observe(0.9, Some(8.0));
         assert_eq!(warnings.iter().map(|w| w.kind).collect::<Vec<_>>(), [CollapseKind::Rank]);
         assert!(warnings[0].to_string().contains("of at most 512"));
     }
