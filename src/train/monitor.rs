@@ -83,8 +83,10 @@ impl fmt::Display for CollapseWarning {
             CollapseKind::Rank => write!(
                 f,
                 "collapse: the effective rank of z fell to {rank} of at most {limit} (best so far {best:.1}; alarm below \
-                 {:.1}; z std * sqrt(d) = {z_std:.2} does not show it while batch norm ends the projector)",
-                rank_floor(best, limit)
+                 {:.1}; z std * sqrt(d) = {z_std:.2}{})",
+                rank_floor(best, limit),
+                // Batch norm restores the variance of what it normalises, not its rank.
+                if z_std < STD_FLOOR { "" } else { ", which batch norm at the projector's end may hold up" }
             )?,
         }
         f.write_str(
