@@ -1,5 +1,4 @@
 //! Images per second through the loader (two views each), from a warm file.
-#![allow(missing_docs)] // the harness makes undocumented functions
 #![allow(missing_docs)] // criterion's macros make public items without
 
 use std::path::{Path, PathBuf};

@@ -9,6 +9,6 @@ pub mod plan;
 pub mod tape;
 
 pub use autodiff::{GradBuilder, backward};
-pub use op::{Cost, Op};
+pub use op::Op;
 pub use plan::{Plan, WriteMode};
 pub use tape::{Node, Phase, Role, Tape, Value, ValueId};

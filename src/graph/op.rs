@@ -7,15 +7,6 @@ use crate::error::{Error, Result};
 use crate::graph::GradBuilder;
 use crate::tensor::TensorDesc;
 
-/// Floating-point operations and bytes that one execution moves at least.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Cost {
-    /// Floating-point operations, multiply and add counted as two.
-    pub flops: u64,
-    /// Bytes read and written when every tensor is touched once.
-    pub bytes: u64,
-}
-
 /// One operation. Backward passes are ordinary ops, so an op that exists only to compute a gradient has no `backward`.
 pub trait Op: Debug + Send + Sync {
     /// Name in dumps and error messages, e.g. `conv2d`.
