@@ -1,5 +1,4 @@
 //! Views per second of one core, whole and by stage.
-#![allow(missing_docs)] // the harness makes undocumented functions
 #![allow(missing_docs)] // criterion's macros make public items without
 
 use std::hint::black_box;
