@@ -55,16 +55,17 @@ impl Progress {
 
     /// Shows a step: at once in the bar; as a plain line when it is the first or last, or some seconds after the line before.
     pub fn update(&mut self, now: &Snapshot) {
-        let text = self.describe(now, self.started.elapsed());
+        let elapsed = self.started.elapsed();
+        let (line, message) = (self.describe(now, elapsed), self.compact(now, elapsed));
         let last_step = now.steps_done == self.total_steps;
         match &mut self.display {
             Display::Bar(bar) => {
                 bar.set_position(now.steps_done);
-                bar.set_message(text);
+                bar.set_message(message);
             }
             Display::Plain { last } => {
                 if last_step || last.is_none_or(|last| last.elapsed() >= PLAIN_EVERY) {
-                    eprintln!("{text}");
+                    eprintln!("{line}");
                     *last = Some(Instant::now());
                 }
             }
@@ -84,6 +85,18 @@ impl Progress {
         if let Display::Bar(bar) = self.display {
             bar.abandon();
         }
+    }
+
+    /// The message of the bar: what matters most comes first, for a terminal of 80 columns cuts the rest.
+    fn compact(&self, now: &Snapshot, elapsed: Duration) -> String {
+        let done = now.steps_done;
+        let left = time_left(elapsed, done.saturating_sub(self.first_step), self.total_steps.saturating_sub(done));
+        let mut text = left.map_or(String::new(), |left| format!("{} left, ", human(left)));
+        text += &format!("{:.0} images/s, loss {:.4}, z std*√d {:.3}", now.images_per_s, now.loss, now.z_std);
+        if now.data_wait_share >= 0.05 {
+            text += &format!(", data wait {:.0} %", 100.0 * now.data_wait_share);
+        }
+        text + &format!(", epoch {}/{}", now.epoch + 1, self.epochs)
     }
 
     fn describe(&self, now: &Snapshot, elapsed: Duration) -> String {
@@ -107,7 +120,7 @@ impl Progress {
 }
 
 fn style() -> ProgressStyle {
-    let template = "[{bar:24}] {percent} % {wide_msg}";
+    let template = "[{bar:8}] {percent} % {wide_msg}";
     // A fixed template parses; were it ever broken, the default bar is better than no run.
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> ")
 }
@@ -141,6 +154,22 @@ mod tests {
     fn snapshot(steps_done: u64) -> Snapshot {
         let epoch = (steps_done - 1) / 46;
         Snapshot { steps_done, epoch, loss: -0.50816, z_std: 0.99712, images_per_s: 812.4, data_wait_share: 0.004 }
+    }
+
+    #[test]
+    fn the_bar_shows_time_speed_loss_and_spread_in_80_columns() {
+        let now = Snapshot {
+            steps_done: 400,
+            epoch: 99,
+            loss: -0.8123,
+            z_std: 0.998,
+            images_per_s: 1978.4,
+            data_wait_share: 0.0,
+        };
+        let text = Progress::new(100, 1000, 0).compact(&now, Duration::from_secs(29_000));
+        assert_eq!(text, "12 h 05 min left, 1978 images/s, loss -0.8123, z std*√d 0.998, epoch 100/100");
+        let bar = "[========] 40 % ".chars().count();
+        assert!(bar + text.find(", epoch").unwrap() <= 80);
     }
 
     #[test]
