@@ -84,6 +84,7 @@ impl Progress {
     pub fn finish(self) {
         if let Display::Bar(bar) = self.display {
             bar.abandon();
+            eprintln!(); // the bar leaves the cursor behind itself
         }
     }
 
