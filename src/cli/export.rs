@@ -21,10 +21,9 @@ use crate::tensor::safetensors::{self, NamedTensors};
 use crate::tensor::{DType, HostTensor, TensorDesc};
 use crate::train::checkpoint::{self, Checkpoint, Checkpoints};
 use crate::train::config::{FILE_NAME, RunConfig};
+use crate::train::run::CHECKPOINTS;
 use crate::train::state::write_params;
 
-/// Folder of the checkpoints in a run directory.
-const CHECKPOINTS: &str = "checkpoints";
 /// Images of `--features`.
 const IMAGES: usize = 4;
 /// Separates their draws from all others.

@@ -19,6 +19,8 @@ use crate::train::progress::{Progress, Snapshot};
 use crate::train::schedule::Schedule;
 use crate::train::trainer::{StepOutcome, StepReport, Trainer};
 
+/// The checkpoints' folder in a run directory.
+pub const CHECKPOINTS: &str = "checkpoints";
 /// Batches in memory: one in use, the others being made.
 const LOADER_SLOTS: usize = 3;
 /// Weight of the newest step in the displayed speed.
@@ -123,7 +125,7 @@ impl RunFolder {
     /// # Errors
     /// [`Error::Config`] when `keep_last` is 0.
     pub fn checkpoints(&self, keep_last: usize) -> Result<Checkpoints> {
-        Checkpoints::new(self.path.join("checkpoints"), keep_last)
+        Checkpoints::new(self.path.join(CHECKPOINTS), keep_last)
     }
 }
 
