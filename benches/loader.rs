@@ -7,7 +7,7 @@ use std::thread::available_parallelism;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use simsiam_engine::data::augment::AugmentConfig;
-use simsiam_engine::data::format::{Meta, crc32c};
+use simsiam_engine::data::format::{Codec, Meta, crc32c};
 use simsiam_engine::data::loader::{Loader, LoaderConfig, Position};
 use simsiam_engine::data::mapped::Dataset;
 use simsiam_engine::data::writer::{NewRecord, Writer};
@@ -22,8 +22,17 @@ fn write(folder: &Path, images: usize, side: u16) -> PathBuf {
             (0..width * width * 3).map(|i| ((i / 3 % width) + (i / 7) * (image % 9 + 1)) as u8).collect();
         let crc = crc32c(&pixels);
         let (width, height, original_width, original_height) = (side, side, 2 * side, side);
-        let record =
-            NewRecord { pixels, width, height, channels: 3, original_width, original_height, label: None, crc };
+        let record = NewRecord {
+            bytes: pixels,
+            codec: Codec::Raw,
+            width,
+            height,
+            channels: 3,
+            original_width,
+            original_height,
+            label: None,
+            crc,
+        };
         writer.append(&record).unwrap();
     }
     let text = || "bench".to_string();

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use simsiam_engine::data::import::decode::{Image, decode, stretch};
+use simsiam_engine::data::decode::{Image, decode, stretch};
 use simsiam_engine::rng::{Stream, below};
 
 fn fixtures() -> PathBuf {

@@ -23,7 +23,17 @@ fn records(equal_sizes: bool) -> Vec<NewRecord> {
             let pixels: Vec<u8> = (0..len).map(|p| (p * 7 + i as usize * 31) as u8).collect();
             let label = (i != 3).then_some(u32::from(i % 3));
             let crc = crc32c(&pixels);
-            NewRecord { pixels, width, height, channels, original_width: 70 + i, original_height: 40 + i, label, crc }
+            NewRecord {
+                bytes: pixels,
+                codec: Codec::Raw,
+                width,
+                height,
+                channels,
+                original_width: 70 + i,
+                original_height: 40 + i,
+                label,
+                crc,
+            }
         })
         .collect()
 }
@@ -126,7 +136,7 @@ fn assert_intact(dataset: &Dataset, expected: &[NewRecord]) {
     assert_eq!(dataset.classes(), meta().classes);
     for (i, new) in expected.iter().enumerate() {
         let record = dataset.record(i).unwrap();
-        assert_eq!(record.pixels, new.pixels);
+        assert_eq!(record.pixels, new.bytes);
         assert_eq!((record.width, record.height), (new.width.into(), new.height.into()));
         assert_eq!(record.channels, usize::from(new.channels));
         let original = (usize::from(new.original_width), usize::from(new.original_height));
@@ -378,7 +388,7 @@ fn a_record_must_have_the_bytes_it_says() {
     let folder = tempfile::tempdir().unwrap();
     let mut writer = Writer::create(&folder.path().join("a.ssds"), 64, false).unwrap();
     let mut record = records(true).remove(0);
-    record.pixels.pop();
+    record.bytes.pop();
     assert!(matches!(writer.append(&record), Err(Error::Shape { .. })));
     assert_eq!(writer.records(), 0);
 }
@@ -396,7 +406,17 @@ fn a_file_of_several_segments_is_whole() {
         let (width, height, original_width, original_height) = (side, side, side, side);
         let label = Some(0);
         writer
-            .append(&NewRecord { pixels, width, height, channels: 3, original_width, original_height, label, crc })
+            .append(&NewRecord {
+                bytes: pixels,
+                codec: Codec::Raw,
+                width,
+                height,
+                channels: 3,
+                original_width,
+                original_height,
+                label,
+                crc,
+            })
             .unwrap();
     }
     writer.finish(&meta(), None, false).unwrap();
@@ -430,7 +450,7 @@ proptest! {
             prop_assert_eq!(dataset.classes(), &meta().classes[..]);
             for (i, new) in expected.iter().enumerate() {
                 if let Ok(record) = dataset.record(i) {
-                    prop_assert_eq!(record.pixels, &new.pixels[..]);
+                    prop_assert_eq!(record.pixels, &new.bytes[..]);
                     prop_assert_eq!(record.label, new.label);
                 }
             }

@@ -7,8 +7,8 @@ use std::process::{Command, Output};
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use simsiam_engine::data::decode::decode;
 use simsiam_engine::data::format::crc32c;
-use simsiam_engine::data::import::decode::decode;
 use simsiam_engine::data::mapped::Dataset;
 use tempfile::TempDir;
 

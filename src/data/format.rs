@@ -15,6 +15,7 @@ use std::path::Path;
 use bytemuck::{Pod, Zeroable};
 use serde::{Deserialize, Serialize};
 
+use super::decode::MAX_PIXELS;
 use crate::error::{Error, Result};
 
 #[cfg(not(target_endian = "little"))]
@@ -32,8 +33,10 @@ pub const HEADER_LEN: usize = 4096;
 pub const ENTRY_LEN: usize = size_of::<Entry>();
 /// [`Entry::label`] of a record without one.
 pub const NO_LABEL: u32 = u32::MAX;
-/// Features a reader must know to read the file: none are defined yet.
-pub const KNOWN_REQUIRED: u64 = 0;
+/// Required feature: some records are JPEG files ([`Codec::Jpeg`]).
+pub const JPEG_RECORDS: u64 = 1;
+/// Features a reader must know to read the file.
+pub const KNOWN_REQUIRED: u64 = JPEG_RECORDS;
 /// Optional feature: the records were shuffled with [`Header::shuffle_seed`].
 pub const SHUFFLED: u64 = 1;
 
@@ -156,6 +159,15 @@ pub struct Entry {
 pub enum Codec {
     /// Height x width x channels bytes.
     Raw = 0,
+    /// A JPEG file of the entry's width, height and channels.
+    Jpeg = 1,
+}
+
+impl Codec {
+    /// The codec of an index entry, if this build knows it.
+    pub fn from_number(number: u8) -> Option<Codec> {
+        [Codec::Raw, Codec::Jpeg].into_iter().find(|&codec| codec as u8 == number)
+    }
 }
 
 /// The meta text.
@@ -312,8 +324,10 @@ impl Header {
 
     /// Checks entry `i`, whose record may start at `free_from`; returns where the next one may.
     fn check_entry(&self, entry: &Entry, i: u64, free_from: u64) -> Result<u64, String> {
-        if entry.codec != Codec::Raw as u8 {
-            return Err(format!("codec {} is not one this build knows (0, raw)", entry.codec));
+        let codec = Codec::from_number(entry.codec)
+            .ok_or_else(|| format!("codec {} is not one this build knows (0 raw, 1 JPEG)", entry.codec))?;
+        if codec == Codec::Jpeg && self.required_features & JPEG_RECORDS == 0 {
+            return Err("codec 1 (JPEG) in a file whose header names no JPEG records".into());
         }
         if !matches!(entry.channels, 1 | 3) {
             return Err(format!("{} channels, expected 1 or 3", entry.channels));
@@ -323,7 +337,10 @@ impl Header {
             return Err(format!("an empty image: {width}x{height} from {original_width}x{original_height}"));
         }
         let pixels = u64::from(width) * u64::from(height) * u64::from(entry.channels);
-        if u64::from(entry.len) != pixels {
+        if codec == Codec::Jpeg && (entry.len == 0 || u64::from(width) * u64::from(height) > MAX_PIXELS) {
+            return Err(format!("a JPEG of {} bytes and {width}x{height} pixels", entry.len));
+        }
+        if codec == Codec::Raw && u64::from(entry.len) != pixels {
             return Err(format!("{} bytes, but {width}x{height}x{} needs {pixels}", entry.len, entry.channels));
         }
         if entry.label != NO_LABEL && entry.label >= self.classes {

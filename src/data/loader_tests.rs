@@ -1,7 +1,7 @@
 use std::path::Path;
 
 use super::*;
-use crate::data::format::{HEADER_LEN, Meta, crc32c};
+use crate::data::format::{Codec, HEADER_LEN, Meta, crc32c};
 use crate::data::writer::{NewRecord, Writer};
 use crate::rng::Stream;
 
@@ -20,7 +20,17 @@ fn dataset(folder: &Path) -> std::path::PathBuf {
         let label = (i % 4 != 3).then_some(i as u32 % 4);
         let (original_width, original_height) = (3 * width, 2 * height);
         let channels = channels as u8;
-        let record = NewRecord { pixels, width, height, channels, original_width, original_height, label, crc };
+        let record = NewRecord {
+            bytes: pixels,
+            codec: Codec::Raw,
+            width,
+            height,
+            channels,
+            original_width,
+            original_height,
+            label,
+            crc,
+        };
         writer.append(&record).unwrap();
     }
     let text = || "test".to_string();

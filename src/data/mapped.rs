@@ -93,7 +93,7 @@ impl Dataset {
             original_width: entry.original_width.into(),
             original_height: entry.original_height.into(),
             label: label(entry),
-            codec: Codec::Raw,
+            codec: Codec::from_number(entry.codec).unwrap_or(Codec::Raw),
         })
     }
 

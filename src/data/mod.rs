@@ -2,6 +2,7 @@
 //! memory that it is handed.
 
 pub mod augment;
+pub mod decode;
 pub mod format;
 pub mod import;
 pub mod loader;

@@ -15,11 +15,13 @@ use crate::error::{Error, Result};
 /// sync of a large file is short.
 const SEGMENT: u64 = 64 << 20;
 
-/// A raw record on its way into the file.
+/// A record on its way into the file.
 #[derive(Debug)]
 pub struct NewRecord {
-    /// Height x width x channels bytes.
-    pub pixels: Vec<u8>,
+    /// What `codec` says.
+    pub bytes: Vec<u8>,
+    /// What `bytes` holds.
+    pub codec: Codec,
     /// Stored width.
     pub width: u16,
     /// Stored height.
@@ -32,7 +34,7 @@ pub struct NewRecord {
     pub original_height: u16,
     /// Class, where known.
     pub label: Option<u32>,
-    /// CRC32C of `pixels`: part of the record so that the threads that make records compute it.
+    /// CRC32C of `bytes`: part of the record so that the threads that make records compute it.
     pub crc: u32,
 }
 
@@ -93,9 +95,12 @@ impl Writer {
     /// # Errors
     /// [`Error::Io`] when the disk refuses, [`Error::Shape`] when the pixels are not width x height x channels.
     pub fn append(&mut self, record: &NewRecord) -> Result<()> {
-        let expected = usize::from(record.width) * usize::from(record.height) * usize::from(record.channels);
-        let len = u32::try_from(record.pixels.len()).ok().filter(|_| record.pixels.len() == expected);
-        let len = len.ok_or_else(|| Error::shape("dataset writer", "record bytes", expected, record.pixels.len()))?;
+        let expected = match record.codec {
+            Codec::Raw => usize::from(record.width) * usize::from(record.height) * usize::from(record.channels),
+            Codec::Jpeg => record.bytes.len(),
+        };
+        let len = u32::try_from(record.bytes.len()).ok().filter(|_| record.bytes.len() == expected);
+        let len = len.ok_or_else(|| Error::shape("dataset writer", "record bytes", expected, record.bytes.len()))?;
         self.pad(self.alignment.into())?;
         self.entries.push(Entry {
             offset: self.at,
@@ -106,12 +111,12 @@ impl Writer {
             original_height: record.original_height,
             crc: record.crc,
             label: record.label.unwrap_or(NO_LABEL),
-            codec: Codec::Raw as u8,
+            codec: record.codec as u8,
             channels: record.channels,
             flags: 0,
             reserved: 0,
         });
-        self.put(&record.pixels)?;
+        self.put(&record.bytes)?;
         if self.at - self.synced >= SEGMENT {
             self.file.flush().and_then(|()| self.file.get_ref().sync_data()).map_err(Error::io("write", &self.tmp))?;
             self.synced = self.at;

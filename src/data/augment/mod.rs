@@ -65,7 +65,9 @@ impl<'a> Image<'a> {
     /// # Errors
     /// [`Error::Shape`] when the record is not an image of a supported shape.
     pub fn from_record(record: &Record<'a>) -> Result<Image<'a>> {
-        let Codec::Raw = record.codec;
+        if record.codec != Codec::Raw {
+            return Err(Error::shape("image", "codec", "raw pixels", format!("{:?}", record.codec)));
+        }
         let image = Image::new(record.pixels, record.width, record.height, record.channels)?;
         image.with_original_size(record.original_width as u32, record.original_height as u32)
     }

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use flate2::read::MultiGzDecoder;
 
-use super::Source;
-use super::decode::{Image, MAX_PIXELS};
+use super::source::{Fault, Item, Source};
+use crate::data::decode::MAX_PIXELS;
 use crate::error::{Error, Result};
 
 const IMAGES_MAGIC: u32 = 0x0000_0803;
@@ -105,9 +105,14 @@ impl Source for Idx {
         format!("image {i}")
     }
 
-    fn load(&self, i: usize) -> Result<Image, String> {
-        let pixels = self.pixels[i * self.image_len()..][..self.image_len()].to_vec();
-        Ok(Image { pixels, width: self.width, height: self.height, channels: 1 })
+    fn read<'a>(&'a self, i: usize, _: &'a mut Vec<u8>) -> Result<Item<'a>, Fault> {
+        let pixels = &self.pixels[i * self.image_len()..][..self.image_len()];
+        Ok(Item::Pixels { pixels, width: self.width, height: self.height, channels: 1 })
+    }
+
+    fn fingerprint(&self, hasher: &mut blake3::Hasher) {
+        hasher.update(&self.pixels);
+        hasher.update(self.labels.as_deref().unwrap_or_default());
     }
 }
 

@@ -1,19 +1,21 @@
 //! From images to a dataset file: sources, and the pipeline from any of them to the writer.
 
-pub mod decode;
 pub mod folder;
 pub mod idx;
+pub mod source;
+pub mod store;
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::io;
 use std::path::Path;
-use std::str::FromStr;
 use std::sync::mpsc::sync_channel;
 
-use self::decode::{DECODER, Image, RESIZER, stretch};
-use super::format::{Header, Meta, Rejected, crc32c};
-use super::writer::{NewRecord, Writer};
+use self::source::Fault;
+pub use self::source::Source;
+pub use self::store::Store;
+use super::decode::{DECODER, RESIZER};
+use super::format::{Header, Meta, Rejected};
+use super::writer::Writer;
 use crate::error::{Error, Result};
 use crate::rng::{Stream, below};
 
@@ -22,57 +24,6 @@ const SHUFFLE_DOMAIN: u32 = 0x5348_5546;
 
 /// Bad images named in the message when there are too many.
 const BAD_SHOWN: usize = 5;
-
-/// Images by number. Any number may be loaded from any thread.
-pub trait Source: Sync {
-    /// Short name for the meta text.
-    fn kind(&self) -> &'static str;
-    /// Class names, empty for an unlabelled source.
-    fn classes(&self) -> &[String];
-    /// Number of images.
-    fn len(&self) -> usize;
-    /// Whether there is none.
-    fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-    /// Class of image `i`.
-    fn label(&self, i: usize) -> Option<u32>;
-    /// What to call image `i` in messages.
-    fn name(&self, i: usize) -> String;
-    /// The pixels of image `i`, or why there are none.
-    fn load(&self, i: usize) -> Result<Image, String>;
-}
-
-/// The size at which images are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Store {
-    /// As they come.
-    Native,
-    /// Stretched to a square of this side. The size before is kept, so that crops can be drawn in the original geometry.
-    Square(u16),
-}
-
-impl FromStr for Store {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Store, String> {
-        if text == "raw" {
-            return Ok(Store::Native);
-        }
-        let side =
-            text.strip_prefix("raw:").and_then(|side| side.parse().ok()).filter(|side| (1..=8192).contains(side));
-        side.map(Store::Square).ok_or_else(|| "expected raw:SIDE with a side of 1 to 8192 (as raw:256), or raw".into())
-    }
-}
-
-impl fmt::Display for Store {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        match self {
-            Store::Native => write!(f, "raw"),
-            Store::Square(side) => write!(f, "raw:{side}"),
-        }
-    }
-}
 
 /// How to make the file.
 #[derive(Debug, Clone)]
@@ -114,17 +65,18 @@ pub type Watch<'a> = &'a mut dyn FnMut(usize) -> bool;
 pub fn prepare(source: &dyn Source, root: &Path, out: &Path, options: &Options, watch: Watch) -> Result<Summary> {
     let order = order(source.len(), options);
     let allowed = order.len() as f64 * options.max_bad / 100.0;
-    let mut writer = Writer::create(out, alignment(options.store), options.force)?;
+    let mut writer = Writer::create(out, options.store.alignment(), options.force)?;
     let mut rejected: Vec<(u32, Rejected)> = Vec::new();
-    let make = |i: u32| record(source, i as usize, options.store);
+    let make = |i: u32| store::record(source, i as usize, options.store);
     in_order(&order, options, make, |place, i, outcome| {
         match outcome {
             Ok(record) => writer.append(&record)?,
-            Err(reason) if options.strict => {
+            Err(Fault::Stop(error)) => return Err(error),
+            Err(Fault::Bad(reason)) if options.strict => {
                 return Err(Error::format(&root.join(source.name(i as usize)), None, reason)
                     .with_hint("without --strict, bad images are listed and left out"));
             }
-            Err(reason) => {
+            Err(Fault::Bad(reason)) => {
                 rejected.push((i, Rejected { path: source.name(i as usize), reason }));
                 // No need to go through the rest of a large set; of a small one, tell more than the first.
                 if rejected.len() as f64 > allowed.max(BAD_SHOWN as f64) {
@@ -163,33 +115,6 @@ fn order(len: usize, options: &Options) -> Vec<u32> {
     }
     order.truncate(options.limit.unwrap_or(len));
     order
-}
-
-/// Whole pages where every record fills whole pages, cache lines otherwise.
-fn alignment(store: Store) -> u32 {
-    match store {
-        Store::Square(side) if (u32::from(side) * u32::from(side) * 3).is_multiple_of(4096) => 4096,
-        _ => 64,
-    }
-}
-
-fn record(source: &dyn Source, i: usize, store: Store) -> Result<NewRecord, String> {
-    let original = source.load(i)?;
-    let (original_width, original_height) = (original.width, original.height);
-    let image = match store {
-        Store::Native => original,
-        Store::Square(side) => stretch(original, side)?,
-    };
-    Ok(NewRecord {
-        crc: crc32c(&image.pixels),
-        pixels: image.pixels,
-        width: image.width,
-        height: image.height,
-        channels: image.channels,
-        original_width,
-        original_height,
-        label: source.label(i),
-    })
 }
 
 /// Runs `make` on every item on all threads and `take` on the outcomes on this one, in the order of `items`. At most a
