@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::data::augment::{AugmentConfig, Augmenter, Image, ViewParams};
-use crate::data::mapped::Dataset;
+use crate::data::augment::{AugmentConfig, Augmenter, ViewParams};
+use crate::data::dataset::Dataset;
 use crate::data::order::EpochOrder;
+use crate::data::reader::ImageReader;
 use crate::error::{Error, Result};
 
 /// How many samples ahead the kernel is asked to read.
@@ -277,13 +278,19 @@ fn produce(
     }
 }
 
+/// What a thread keeps from image to image.
+struct Worker {
+    reader: ImageReader,
+    augmenter: Augmenter,
+}
+
 /// The threads that fill a slot together.
 struct Workers {
     dataset: Arc<Dataset>,
     config: LoaderConfig,
     pool: rayon::ThreadPool,
     /// One for each thread of the pool.
-    augmenters: Vec<Mutex<Augmenter>>,
+    workers: Vec<Mutex<Worker>>,
     stop: Arc<AtomicBool>,
 }
 
@@ -294,9 +301,10 @@ impl Workers {
             .thread_name(|i| format!("loader-{i}"))
             .build()
             .map_err(no_thread)?;
-        let augmenters =
-            (0..config.workers).map(|_| Augmenter::new(&config.augment).map(Mutex::new)).collect::<Result<Vec<_>>>()?;
-        Ok(Workers { dataset, config, pool, augmenters, stop })
+        let worker =
+            |_| Ok(Mutex::new(Worker { reader: ImageReader::default(), augmenter: Augmenter::new(&config.augment)? }));
+        let workers = (0..config.workers).map(worker).collect::<Result<Vec<_>>>()?;
+        Ok(Workers { dataset, config, pool, workers, stop })
     }
 
     fn fill(&self, position: Position, slot: &mut Slot) -> Result<()> {
@@ -327,16 +335,16 @@ impl Workers {
     /// Makes both views of a sample; gives its label.
     fn make_views(&self, epoch: u32, sample: u64, views: [&mut [f32]; 2]) -> Result<Option<u32>> {
         let LoaderConfig { seed, augment, .. } = &self.config;
-        let record = self.dataset.record(sample as usize)?;
-        let image = Image::from_record(&record)?;
-        let (width, height) = image.original_size();
         let thread = rayon::current_thread_index().unwrap_or(0);
-        let mut augmenter = self.augmenters[thread].lock().unwrap_or_else(PoisonError::into_inner);
+        let mut worker = self.workers[thread].lock().unwrap_or_else(PoisonError::into_inner);
+        let Worker { reader, augmenter } = &mut *worker;
+        let (image, label) = reader.read(&self.dataset, sample as usize)?;
+        let (width, height) = image.original_size();
         for (view, out) in views.into_iter().enumerate() {
             let params = ViewParams::draw(augment, *seed, epoch, sample, view as u32, width, height);
             augmenter.view(&image, &params, out);
         }
-        Ok(record.label)
+        Ok(label)
     }
 
     /// Asks for the sample at `place` of the epoch; places past its end belong to the next one.
