@@ -44,7 +44,7 @@ fn dataset(folder: &Path) -> std::path::PathBuf {
         writer: text(),
         rejected: vec![],
     };
-    writer.finish(&meta, None, false).unwrap();
+    writer.finish(&meta, None).unwrap();
     path
 }
 
