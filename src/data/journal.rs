@@ -178,7 +178,7 @@ impl Journal {
     }
 
     /// Bytes so far: where the next frame begins.
-    pub fn len(&self) -> u64 {
+    pub fn end(&self) -> u64 {
         self.len
     }
 

@@ -102,8 +102,8 @@ fn is_file(path: &Path, shard: &ShardRef) -> Result<bool> {
         return Ok(false);
     }
     let bytes = FileBytes::open(path, Access::Pread)?;
-    let page = Section { offset: 0, len: bytes.len().min(HEADER_LEN as u64) };
-    let header = Header::parse(path, bytes.get(page, &mut Vec::new())?, bytes.len());
+    let page = Section { offset: 0, len: bytes.size().min(HEADER_LEN as u64) };
+    let header = Header::parse(path, bytes.get(page, &mut Vec::new())?, bytes.size());
     Ok(header.is_ok_and(|header| ShardRef::new(shard.file.clone(), &header) == *shard))
 }
 

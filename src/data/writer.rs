@@ -441,7 +441,7 @@ impl Writer {
         fs::rename(&tmp, &path).map_err(Error::io("rename to", &path))?;
         sync_folder(folder_of(&path))?;
         self.done.push(shard);
-        self.first_frame = self.journal.len();
+        self.first_frame = self.journal.end();
         self.rejected_before = self.rejected.len();
         Ok(())
     }
