@@ -6,12 +6,10 @@ mod common;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::scratch;
+use common::{lying, quick_folder, scratch};
 use proptest::prelude::*;
 use simsiam_engine::data::dataset::Dataset;
-use simsiam_engine::data::format::{
-    Codec, ENTRY_LEN, Entry, HEADER_LEN, Header, Meta, NO_LABEL, Rejected, SHUFFLED, crc32c,
-};
+use simsiam_engine::data::format::{Codec, Entry, HEADER_LEN, Header, Meta, NO_LABEL, Rejected, SHUFFLED, crc32c};
 use simsiam_engine::data::writer::{NewRecord, Writer};
 use simsiam_engine::error::{Error, Result};
 use tempfile::TempDir;
@@ -69,7 +67,7 @@ struct Bench {
 
 impl Bench {
     fn new(equal_sizes: bool) -> Bench {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = quick_folder();
         let path = folder.path().join("good.ssds");
         let header = write(&path, &records(equal_sizes)).unwrap();
         Bench { good: fs::read(&path).unwrap(), header, folder }
@@ -92,26 +90,7 @@ impl Bench {
     }
 
     fn lying(&self, lie: impl FnOnce(&mut Header, &mut [Entry], &mut Vec<u8>)) -> Vec<u8> {
-        let mut header = self.header;
-        let (index, meta) = (header.index, header.meta);
-        let part = |offset: u64, len: u64| self.good[offset as usize..(offset + len) as usize].to_vec();
-        let mut entries: Vec<Entry> =
-            part(index.offset, index.len).chunks(ENTRY_LEN).map(bytemuck::pod_read_unaligned).collect();
-        let mut text = part(meta.offset, meta.len);
-        lie(&mut header, &mut entries, &mut text);
-        let mut bytes = self.good[..index.offset as usize].to_vec();
-        let index_bytes: Vec<u8> = bytemuck::cast_slice(&entries).to_vec();
-        bytes.extend_from_slice(&index_bytes);
-        bytes.extend_from_slice(&text);
-        if header.file_len == self.header.file_len {
-            header.file_len = bytes.len() as u64;
-        }
-        if header.meta.len == meta.len {
-            header.meta.len = text.len() as u64;
-        }
-        (header.index_crc, header.meta_crc) = (crc32c(&index_bytes), crc32c(&text));
-        bytes[..HEADER_LEN].copy_from_slice(&header.to_page());
-        bytes
+        lying(&self.good, lie)
     }
 }
 

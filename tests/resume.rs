@@ -67,6 +67,14 @@ impl Place {
     }
 }
 
+/// The engine where no file may be longer than `blocks` KiB: writing fails then as on a full disk.
+fn limited(blocks: u32) -> Command {
+    let mut shell = Command::new("bash");
+    let script = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$0\" \"$@\"");
+    shell.args(["-c", &script, env!("CARGO_BIN_EXE_simsiam-engine")]);
+    shell
+}
+
 /// Kills the job again and again, each time a random number of frames further on, until it gets through. `check` looks at
 /// the place after every kill. Returns the number of kills.
 fn kill_until_done(place: &Place, arguments: &[String], stream: &mut Stream, check: impl Fn()) -> usize {
@@ -266,13 +274,7 @@ fn a_full_disk_is_one_error_and_the_rest_is_kept() {
     let source = fashion("test");
     whole.succeed(&source, "out.ssds", &SMALL);
     let arguments = place.prepare(&source, "out.ssds", &SMALL);
-    // In blocks of 512 or 1024 bytes; the signal is ignored so that the write fails, as it does on a full disk.
-    let script = "trap '' XFSZ; ulimit -f 1000; exec \"$0\" \"$@\"";
-    let output = Command::new("bash")
-        .args(["-c", script, env!("CARGO_BIN_EXE_simsiam-engine")])
-        .args(&arguments)
-        .output()
-        .unwrap();
+    let output = limited(1000).args(&arguments).output().unwrap();
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(stderr.contains("error: cannot write ") && stderr.contains("out.ssds.tmp: File too large"), "{stderr}");
@@ -327,4 +329,41 @@ fn a_vanished_source_is_one_error_and_the_rest_is_kept() {
     let said = place.succeed(folder.to_str().unwrap(), "out.ssds", &options);
     assert!(said.contains("were done by an earlier call"), "{said}");
     assert!(fs::read(place.at("out.ssds")).unwrap() == fs::read(whole.at("out.ssds")).unwrap());
+}
+
+/// A power failure may leave journal and file in any state of half. Whatever is not as noted is written anew.
+#[test]
+fn a_damaged_journal_costs_work_but_never_a_byte() {
+    let whole = Place::new();
+    let source = fashion("test");
+    let options = ["--store", "raw:64", "--limit", "60", "--segment", "32KiB"];
+    whole.succeed(&source, "out.ssds", &options);
+    let (journal, tmp) = unfinished(&source, &options);
+    for round in 0..40 {
+        let mut stream = Stream::new(round, 78, 0);
+        let (mut journal, mut tmp) = (journal.clone(), tmp.clone());
+        let place = Place::new();
+        match round % 4 {
+            0 => journal.truncate(below(stream.word(), journal.len() as u32) as usize),
+            1 => tmp.truncate(below(stream.word(), tmp.len() as u32) as usize),
+            2 => tmp.truncate(0),
+            _ => {
+                let at = below(stream.word(), journal.len() as u32) as usize;
+                journal[at] ^= 1 << (stream.word() % 8);
+            }
+        }
+        fs::write(place.at("out.ssds.journal"), &journal).unwrap();
+        fs::write(place.at("out.ssds.tmp"), &tmp).unwrap();
+        // Damage to the job's name makes it another job's.
+        place.succeed(&source, "out.ssds", &[&options[..], &["--restart"]].concat());
+        assert!(place.files() == whole.files(), "round {round}");
+    }
+}
+
+/// Journal and file of a job that was stopped by a limit on the size of files.
+fn unfinished(source: &str, options: &[&str]) -> (Vec<u8>, Vec<u8>) {
+    let place = Place::new();
+    let output = limited(180).args(place.prepare(source, "out.ssds", options)).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
+    (fs::read(place.at("out.ssds.journal")).unwrap(), fs::read(place.at("out.ssds.tmp")).unwrap())
 }
