@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use common::{lying, quick_folder, scratch};
 use proptest::prelude::*;
 use simsiam_engine::data::dataset::Dataset;
-use simsiam_engine::data::format::{Codec, Entry, HEADER_LEN, Header, Meta, NO_LABEL, Rejected, SHUFFLED, crc32c};
+use simsiam_engine::data::format::{Codec, Entry, Header, Meta, NO_LABEL, Rejected, SHUFFLED, crc32c};
 use simsiam_engine::data::writer::{NewRecord, Writer};
 use simsiam_engine::error::{Error, Result};
 use tempfile::TempDir;

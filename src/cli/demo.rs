@@ -265,7 +265,7 @@ fn free_directory() -> PathBuf {
 /// A split as a dataset file, opened under its absolute path, so that a run on it can be continued from any directory.
 fn prepare_split(source: &Path, split: &str, out: &Path) -> Result<Arc<Dataset>> {
     let images = source.join(format!("{split}-images-idx3-ubyte.gz"));
-    let idx = Idx::open(&images, None, None)?;
+    let idx = Idx::open(&images, None, None, out)?;
     let options = Options { shuffle: Some(SEED), ..Options::new(Store::Native) };
     let out = out.canonicalize().map_err(Error::io("open", out))?;
     let path = out.join(format!("fashion-{split}.ssds"));

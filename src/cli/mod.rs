@@ -17,6 +17,7 @@ mod preset;
 mod recipe_args;
 mod selftest;
 pub mod signals;
+mod source_args;
 mod train;
 
 use std::collections::BTreeSet;

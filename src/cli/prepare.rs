@@ -1,6 +1,5 @@
 //! `prepare`: images to a dataset file.
 
-use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,9 +9,8 @@ use bytesize::ByteSize;
 
 use super::meter::Meter;
 use super::output::print;
+use super::source_args::{SourceArgs, default_store};
 use crate::atomic::write_atomic;
-use crate::data::import::folder::Folder;
-use crate::data::import::idx::{self, Idx, Split};
 use crate::data::import::{self, Options, Source, Store, Summary};
 use crate::data::writer::{is_unfinished, refuse_existing};
 use crate::error::{Error, Result};
@@ -20,27 +18,17 @@ use crate::error::{Error, Result};
 /// Rejected files that are printed; the dataset file lists all.
 const REJECTED_SHOWN: usize = 10;
 
-/// Class folders of these names mean that the folder above the real one was named.
-const SPLIT_NAMES: [&str; 6] = ["train", "val", "valid", "validation", "test", "dev"];
-
 #[derive(Debug, clap::Args)]
 pub struct PrepareArgs {
-    /// Folder of class folders of images, folder of images, folder with IDX files, or an IDX images file (.gz too).
+    /// Folder of images or of class folders; IDX, CIFAR binary, WebDataset tar or Parquet files, or a folder of them.
     source: PathBuf,
     /// Dataset to write (usually *.ssds).
     out: PathBuf,
-    /// What SOURCE is.
-    #[arg(long = "source", value_name = "KIND", value_enum, default_value_t = Kind::Auto)]
-    source_kind: Kind,
-    /// Size to store: raw:SIDE stretches to SIDE x SIDE, raw keeps every size. Default: raw:256, for IDX raw.
+    #[command(flatten)]
+    source_args: SourceArgs,
+    /// Size to store: raw:SIDE stretches to SIDE x SIDE, raw keeps every size. Default: raw:256, for IDX and CIFAR raw.
     #[arg(long, value_name = "raw:SIDE")]
     store: Option<Store>,
-    /// IDX labels file (default: the one beside the images).
-    #[arg(long, value_name = "FILE")]
-    labels: Option<PathBuf>,
-    /// Which IDX files of a folder.
-    #[arg(long, value_enum)]
-    split: Option<Split>,
     /// Take at most this many images (the first of the shuffled order).
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
@@ -79,16 +67,6 @@ pub struct PrepareArgs {
     segment: ByteSize,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Kind {
-    /// Find out.
-    Auto,
-    /// Image files.
-    Folder,
-    /// IDX files (MNIST and the like).
-    Idx,
-}
-
 pub fn run(args: PrepareArgs) -> Result<()> {
     if !(0.0..=100.0).contains(&args.max_bad) {
         return Err(Error::config("--max-bad", format!("{} is not a percentage from 0 to 100", args.max_bad)));
@@ -102,62 +80,9 @@ pub fn run(args: PrepareArgs) -> Result<()> {
     if !args.append {
         refuse_existing(&args.out, args.force)?;
     }
-    if resolve_kind(&args)? == Kind::Idx {
-        let source = Idx::open(&args.source, args.labels.as_deref(), args.split)?;
-        let labels = source.labels().map_or("no labels".into(), |path| format!("labels from {}", path.display()));
-        eprintln!("{} images from {}, {labels}", source.len(), source.images().display());
-        return write(&source, &args, Store::Native);
-    }
-    if args.labels.is_some() || args.split.is_some() {
-        return Err(Error::config(
-            "--labels, --split",
-            "are for IDX files; the labels of a folder are its class folders",
-        ));
-    }
-    let source = Folder::open(&args.source)?;
-    describe_folder(&source, &args.source);
-    write(&source, &args, Store::Square(256))
-}
-
-/// What the source is, when the user did not say.
-fn resolve_kind(args: &PrepareArgs) -> Result<Kind> {
-    let status = fs::metadata(&args.source).map_err(Error::io("open", &args.source))?;
-    match args.source_kind {
-        Kind::Folder if !status.is_dir() => {
-            Err(Error::config("--source folder", format!("{} is a file", args.source.display())))
-        }
-        Kind::Auto if status.is_dir() => {
-            let entries = fs::read_dir(&args.source).map_err(Error::io("list", &args.source))?;
-            let idx = entries.flatten().any(|entry| entry.file_name().to_str().is_some_and(idx::is_images_name));
-            Ok(if idx { Kind::Idx } else { Kind::Folder })
-        }
-        Kind::Auto => Ok(Kind::Idx),
-        kind => Ok(kind),
-    }
-}
-
-fn describe_folder(source: &Folder, root: &Path) {
-    let labels = match source.classes().len() {
-        0 => "no class folders, so no labels".into(),
-        n => format!("{n} classes"),
-    };
-    eprintln!("{} images in {}, {labels}", source.len(), root.display());
-    if source.ignored() > 0 {
-        eprintln!("note: {} other files are no images and were passed over", source.ignored());
-    }
-    let empty = source.empty_classes();
-    if !empty.is_empty() {
-        eprintln!("warning: {} classes have no images: {}", empty.len(), empty[..empty.len().min(5)].join(", "));
-    }
-    if !source.classes().is_empty() && source.classes().iter().all(|c| SPLIT_NAMES.contains(&c.to_lowercase().as_str()))
-    {
-        let first = &source.classes()[0];
-        eprintln!(
-            "warning: the classes are called {}; to use the folders inside, name {}",
-            source.classes().join(", "),
-            root.join(first).display()
-        );
-    }
+    let scratch = args.out.parent().unwrap_or(Path::new(""));
+    let source = args.source_args.open(&args.source, scratch)?;
+    write(&*source, &args, default_store(&*source))
 }
 
 fn write(source: &dyn Source, args: &PrepareArgs, default_store: Store) -> Result<()> {

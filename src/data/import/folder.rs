@@ -9,6 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use super::select::{Split, split_folders};
 use super::source::{Fault, Item, Source};
 use crate::data::decode::{SNIFF_LEN, sniff};
 use crate::error::{Error, Result};
@@ -25,27 +26,43 @@ const EXTENSIONS: [&str; 16] = [
 pub struct Folder {
     root: PathBuf,
     classes: Vec<String>,
+    /// Folders with images, relative to the root, and the class of what lies in them.
+    folders: Vec<(PathBuf, Option<u32>)>,
     files: Vec<ImageFile>,
+    /// The names of all files, one behind the other: of a million files each, no path has an allocation of its own.
+    names: Vec<u8>,
     ignored: usize,
 }
 
 #[derive(Debug)]
 struct ImageFile {
-    /// Relative to the root.
-    path: PathBuf,
-    label: Option<u32>,
+    folder: u32,
+    name_len: u32,
+    name_start: u64,
 }
 
 impl Folder {
-    /// Lists the images below `root`.
+    /// Lists the images below `root`, or below its folder of the split.
     ///
     /// # Errors
-    /// [`Error::Io`] when a folder cannot be listed, [`Error::Format`] when there is no image or a class has no valid name.
-    pub fn open(root: &Path) -> Result<Folder> {
-        let mut folder = Folder { root: root.to_path_buf(), classes: Vec::new(), files: Vec::new(), ignored: 0 };
+    /// [`Error::Io`] when a folder cannot be listed, [`Error::Format`] when there is no image or a class has no valid name,
+    /// [`Error::Config`] when there is no such split.
+    pub fn open(root: &Path, split: Option<Split>) -> Result<Folder> {
+        let root = &match split {
+            Some(split) => split.folder(root).ok_or_else(|| no_split(root, split))?,
+            None => root.to_path_buf(),
+        };
+        let mut folder = Folder {
+            root: root.clone(),
+            classes: Vec::new(),
+            folders: Vec::new(),
+            files: Vec::new(),
+            names: Vec::new(),
+            ignored: 0,
+        };
         let top = list(root)?;
         if top.folders.is_empty() {
-            folder.add_files(Path::new(""), top.files, None);
+            folder.add_files(PathBuf::new(), top.files, None);
         }
         for (label, name) in top.folders.iter().enumerate() {
             folder.classes.push(name.to_str().map(str::to_owned).ok_or_else(|| {
@@ -61,6 +78,11 @@ impl Folder {
         Ok(folder)
     }
 
+    /// The folder that the paths of the images start from.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// Files below the class folders that are no images by name or content.
     pub fn ignored(&self) -> usize {
         self.ignored
@@ -68,7 +90,7 @@ impl Folder {
 
     /// Classes without any image.
     pub fn empty_classes(&self) -> Vec<&str> {
-        let used: HashSet<u32> = self.files.iter().filter_map(|file| file.label).collect();
+        let used: HashSet<u32> = self.folders.iter().filter_map(|(_, label)| *label).collect();
         let unused = |label: &usize| !used.contains(&(*label as u32));
         (0..self.classes.len()).filter(unused).map(|label| self.classes[label].as_str()).collect()
     }
@@ -79,20 +101,33 @@ impl Folder {
         // By the text of the path, as Python sorts: "a-b" comes before "a/b", unlike in the order of components.
         found.sort_by(|(a, _), (b, _)| a.as_os_str().cmp(b.as_os_str()));
         for (path, files) in found {
-            self.add_files(&path, files, Some(label));
+            self.add_files(path, files, Some(label));
         }
         Ok(())
     }
 
-    fn add_files(&mut self, folder: &Path, names: Vec<OsString>, label: Option<u32>) {
+    fn add_files(&mut self, folder: PathBuf, names: Vec<OsString>, label: Option<u32>) {
+        let (number, before) = (self.folders.len() as u32, self.files.len());
         for name in names {
-            let path = folder.join(name);
-            if is_candidate(&self.root.join(&path)) {
-                self.files.push(ImageFile { path, label });
+            if is_candidate(&self.root.join(&folder).join(&name)) {
+                let name = name.as_bytes();
+                let (name_start, name_len) = (self.names.len() as u64, name.len() as u32);
+                self.files.push(ImageFile { folder: number, name_len, name_start });
+                self.names.extend_from_slice(name);
             } else {
                 self.ignored += 1;
             }
         }
+        if self.files.len() > before {
+            self.folders.push((folder, label));
+        }
+    }
+
+    /// Relative to the root.
+    fn path(&self, i: usize) -> PathBuf {
+        let file = &self.files[i];
+        let name = &self.names[file.name_start as usize..][..file.name_len as usize];
+        self.folders[file.folder as usize].0.join(OsStr::from_bytes(name))
     }
 }
 
@@ -110,16 +145,16 @@ impl Source for Folder {
     }
 
     fn label(&self, i: usize) -> Option<u32> {
-        self.files[i].label
+        self.folders[self.files[i].folder as usize].1
     }
 
     fn name(&self, i: usize) -> String {
-        self.files[i].path.to_string_lossy().into_owned()
+        self.path(i).to_string_lossy().into_owned()
     }
 
     /// A file that cannot be read ends the work: the disk or its rights need a look, and a resumed run takes it up here.
     fn read<'a>(&'a self, i: usize, buffer: &'a mut Vec<u8>) -> Result<Item<'a>, Fault> {
-        let path = self.root.join(&self.files[i].path);
+        let path = self.root.join(self.path(i));
         buffer.clear();
         match File::open(&path).and_then(|mut file| file.read_to_end(buffer)) {
             Ok(_) => Ok(Item::Encoded(buffer)),
@@ -131,10 +166,20 @@ impl Source for Folder {
     /// By names: to look at every file of a large set takes minutes on a network disk.
     fn fingerprint(&self, hasher: &mut blake3::Hasher) {
         hasher.update(self.root.as_os_str().as_bytes());
-        for file in &self.files {
-            hasher.update(file.path.as_os_str().as_bytes()).update(&[0]);
+        for i in 0..self.len() {
+            hasher.update(self.path(i).as_os_str().as_bytes()).update(&[0]);
         }
     }
+}
+
+fn no_split(root: &Path, split: Split) -> Error {
+    let name = split.names()[0];
+    let found = split_folders(root);
+    let hint = match &found[..] {
+        [] => format!("expected a folder {name} in it"),
+        found => format!("it has: {}", found.join(", ")),
+    };
+    Error::config("--split", format!("{} has no {name} split", root.display())).with_hint(hint)
 }
 
 /// What lies directly in a folder, each list sorted by name.
@@ -202,8 +247,17 @@ fn is_candidate(path: &Path) -> bool {
     if path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"._")) {
         return false;
     }
+    has_image_extension(path) || starts_like_image(path).unwrap_or(false)
+}
+
+/// Whether a file is named like an image.
+pub fn is_image_name(name: &str) -> bool {
+    has_image_extension(Path::new(name))
+}
+
+fn has_image_extension(path: &Path) -> bool {
     let extension = path.extension().and_then(OsStr::to_str).unwrap_or_default().to_ascii_lowercase();
-    EXTENSIONS.contains(&extension.as_str()) || starts_like_image(path).unwrap_or(false)
+    EXTENSIONS.contains(&extension.as_str())
 }
 
 fn starts_like_image(path: &Path) -> std::io::Result<bool> {

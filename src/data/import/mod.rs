@@ -1,10 +1,22 @@
 //! From images to a dataset file: sources, and the pipeline from any of them to the writer.
 
 mod append;
+pub mod blob;
+pub mod cifar;
+pub mod detect;
 pub mod folder;
 pub mod idx;
+pub mod labels;
+#[cfg(feature = "parquet")]
+pub mod parquet;
+#[cfg(feature = "parquet")]
+pub mod parquet_guard;
+pub mod select;
 pub mod source;
+pub mod spool;
 pub mod store;
+pub mod tar;
+pub mod webdataset;
 
 use std::collections::VecDeque;
 use std::io;
