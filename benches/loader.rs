@@ -7,9 +7,9 @@ use std::thread::available_parallelism;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use simsiam_engine::data::augment::AugmentConfig;
+use simsiam_engine::data::dataset::Dataset;
 use simsiam_engine::data::format::{Codec, Meta, crc32c};
 use simsiam_engine::data::loader::{Loader, LoaderConfig, Position};
-use simsiam_engine::data::mapped::Dataset;
 use simsiam_engine::data::writer::{NewRecord, Writer};
 
 /// A dataset of smooth images with texture.

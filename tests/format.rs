@@ -1,14 +1,17 @@
 //! The dataset file: what is written comes back, and every way of being broken gives one clear error, never a panic and
 //! never a wrong image.
 
+mod common;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use common::scratch;
 use proptest::prelude::*;
+use simsiam_engine::data::dataset::Dataset;
 use simsiam_engine::data::format::{
     Codec, ENTRY_LEN, Entry, HEADER_LEN, Header, Meta, NO_LABEL, Rejected, SHUFFLED, crc32c,
 };
-use simsiam_engine::data::mapped::Dataset;
 use simsiam_engine::data::writer::{NewRecord, Writer};
 use simsiam_engine::error::{Error, Result};
 use tempfile::TempDir;
@@ -135,8 +138,8 @@ fn assert_intact(dataset: &Dataset, expected: &[NewRecord]) {
     assert_eq!(dataset.len(), expected.len());
     assert_eq!(dataset.classes(), meta().classes);
     for (i, new) in expected.iter().enumerate() {
-        let record = dataset.record(i).unwrap();
-        assert_eq!(record.pixels, new.bytes);
+        let record = dataset.record(i, scratch()).unwrap();
+        assert_eq!(record.bytes, new.bytes);
         assert_eq!((record.width, record.height), (new.width.into(), new.height.into()));
         assert_eq!(record.channels, usize::from(new.channels));
         let original = (usize::from(new.original_width), usize::from(new.original_height));
@@ -151,14 +154,14 @@ fn what_is_written_comes_back() {
         let bench = Bench::new(equal_sizes);
         let dataset = bench.open(&bench.good).unwrap();
         assert_intact(&dataset, &records(equal_sizes));
-        assert_eq!(dataset.meta(), &meta());
-        assert_eq!(dataset.header(), &bench.header);
-        dataset.verify_hashes().unwrap();
-        let header = dataset.header();
+        assert_eq!(dataset.shards()[0].meta(), &meta());
+        assert_eq!(dataset.shards()[0].header(), &bench.header);
+        dataset.shards()[0].verify_hashes().unwrap();
+        let header = dataset.shards()[0].header();
         assert_eq!((header.optional_features, header.shuffle_seed), (SHUFFLED, 9));
         assert_eq!(header.stride, if equal_sizes { 64 } else { 0 });
         (0..dataset.len() + 1).for_each(|i| dataset.prefetch(i));
-        assert!(matches!(dataset.record(5), Err(Error::Shape { .. })));
+        assert!(matches!(dataset.record(5, scratch()), Err(Error::Shape { .. })));
     }
 }
 
@@ -232,13 +235,13 @@ fn a_flipped_bit_is_found_and_placed() {
         let expected = format!("byte {}: meta checksum mismatch", meta.offset);
         assert_says(bench.open(&flipped((meta.offset + at) as usize)), &expected);
     }
-    let third = *bench.open(&bench.good).unwrap().entry(2).unwrap();
+    let third = bench.open(&bench.good).unwrap().entry(2).unwrap();
     for at in 0..u64::from(third.len) {
         let dataset = bench.open(&flipped((third.offset + at) as usize)).unwrap();
-        let text = sentence(dataset.record(2));
+        let text = sentence(dataset.record(2, scratch()));
         assert!(text.contains(&format!("byte {}: record 2: checksum mismatch", third.offset)), "{text}");
         assert!(text.contains("hint: "), "{text}");
-        assert!([0, 1, 3, 4].iter().all(|&i| dataset.record(i).is_ok()), "the others are whole");
+        assert!([0, 1, 3, 4].iter().all(|&i| dataset.record(i, scratch()).is_ok()), "the others are whole");
     }
 }
 
@@ -327,9 +330,9 @@ fn a_broken_meta_text_is_refused() {
 fn hashes_are_compared_on_demand() {
     let bench = Bench::new(true);
     let dataset = bench.open_lying(|h, _, _| h.index_blake3[5] ^= 1).unwrap();
-    assert_says(dataset.verify_hashes(), "BLAKE3 of the index");
+    assert_says(dataset.shards()[0].verify_hashes(), "BLAKE3 of the index");
     let dataset = bench.open_lying(|h, _, _| h.meta_blake3[31] ^= 1).unwrap();
-    assert_says(dataset.verify_hashes(), "BLAKE3 of the meta");
+    assert_says(dataset.shards()[0].verify_hashes(), "BLAKE3 of the meta");
 }
 
 #[test]
@@ -421,9 +424,9 @@ fn a_file_of_several_segments_is_whole() {
     }
     writer.finish(&meta(), None, false).unwrap();
     let dataset = Dataset::open(&path).unwrap();
-    assert_eq!(dataset.header().stride, 2048 * 2048 * 3);
+    assert_eq!(dataset.shards()[0].header().stride, 2048 * 2048 * 3);
     for i in 0..12 {
-        assert_eq!(dataset.record(i).unwrap().pixels[1000], (1000u32 ^ (1000 >> 8) ^ (i as u32 * 41)) as u8);
+        assert_eq!(dataset.record(i, scratch()).unwrap().bytes[1000], (1000u32 ^ (1000 >> 8) ^ (i as u32 * 41)) as u8);
     }
 }
 
@@ -449,8 +452,8 @@ proptest! {
             prop_assert_eq!(dataset.len(), expected.len());
             prop_assert_eq!(dataset.classes(), &meta().classes[..]);
             for (i, new) in expected.iter().enumerate() {
-                if let Ok(record) = dataset.record(i) {
-                    prop_assert_eq!(record.pixels, &new.bytes[..]);
+                if let Ok(record) = dataset.record(i, scratch()) {
+                    prop_assert_eq!(record.bytes, &new.bytes[..]);
                     prop_assert_eq!(record.label, new.label);
                 }
             }
@@ -479,8 +482,8 @@ proptest! {
         if let Ok(dataset) = bench.open(&bytes) {
             for i in 0..dataset.len() {
                 dataset.prefetch(i);
-                if let Ok(record) = dataset.record(i) {
-                    prop_assert_eq!(record.pixels.len(), record.width * record.height * record.channels);
+                if let Ok(record) = dataset.record(i, scratch()) {
+                    prop_assert_eq!(record.bytes.len(), record.width * record.height * record.channels);
                     prop_assert!(record.label.is_none_or(|label| (label as usize) < dataset.classes().len()));
                 }
             }

@@ -10,7 +10,7 @@ use super::preset::Preset;
 use super::recipe_args::RecipeArgs;
 use super::signals;
 use crate::backend::cpu::Tier;
-use crate::data::mapped::Dataset;
+use crate::data::dataset::Dataset;
 use crate::error::{Error, Result};
 use crate::eval::features::{FeatureExtractor, KnnProbe};
 use crate::eval::knn::Knn;

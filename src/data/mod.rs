@@ -2,10 +2,14 @@
 //! memory that it is handed.
 
 pub mod augment;
+pub mod dataset;
 pub mod decode;
 pub mod format;
 pub mod import;
 pub mod loader;
+pub mod manifest;
 pub mod mapped;
 pub mod order;
+pub mod reader;
+pub mod shard;
 pub mod writer;

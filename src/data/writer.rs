@@ -7,7 +7,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::format::{
-    Codec, ENTRY_LEN, Entry, HEADER_LEN, Header, MAGIC, MAJOR, MINOR, Meta, NO_LABEL, SHUFFLED, Section, crc32c,
+    Codec, ENTRY_LEN, Entry, HEADER_LEN, Header, MAGIC, MAJOR, MINOR, Meta, NO_LABEL, SHUFFLED, Section, content_uuid,
+    crc32c,
 };
 use crate::error::{Error, Result};
 
@@ -166,7 +167,13 @@ impl Writer {
             reserved: 0,
             first_id: 0,
             shuffle_seed: shuffle.unwrap_or(0),
-            uuid: content_uuid(&index_bytes, &meta_bytes),
+            uuid: content_uuid(
+                blake3::Hasher::new()
+                    .update(&(index_bytes.len() as u64).to_le_bytes())
+                    .update(&index_bytes)
+                    .update(&meta_bytes),
+            )
+            .into_bytes(),
             index_crc: crc32c(&index_bytes),
             meta_crc: crc32c(&meta_bytes),
             index_blake3: *blake3::hash(&index_bytes).as_bytes(),
@@ -258,14 +265,4 @@ fn is_file_at(file: &File, path: &Path) -> bool {
 
 fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-/// A version 8 UUID of the content (the index holds every record's checksum): no clock and no chance, so that the same
-/// source and options give the same bytes.
-fn content_uuid(index: &[u8], meta: &[u8]) -> [u8; 16] {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(&(index.len() as u64).to_le_bytes()).update(index).update(meta);
-    let mut bytes = [0; 16];
-    bytes.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
-    uuid::Builder::from_custom_bytes(bytes).into_uuid().into_bytes()
 }

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::data::dataset::Dataset;
 use crate::data::loader::{Loader, LoaderConfig, Position, steps_per_epoch};
-use crate::data::mapped::Dataset;
 use crate::error::{Error, Result};
 use crate::tensor::safetensors::NamedTensors;
 use crate::train::checkpoint::Checkpoints;
@@ -336,7 +336,7 @@ impl<'a> Run<'a> {
 }
 
 fn dataset_identity(dataset: &Dataset) -> String {
-    uuid::Uuid::from_bytes(dataset.header().uuid).to_string()
+    dataset.uuid().to_string()
 }
 
 fn check_dataset(state: &TrainState, dataset: &Dataset) -> Result<()> {

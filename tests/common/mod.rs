@@ -40,3 +40,8 @@ pub fn fashion(folder: &Path, split: &str, limit: usize) -> PathBuf {
     succeed(&["prepare", images.to_str().unwrap(), out.to_str().unwrap(), "--limit", &limit.to_string()]);
     out
 }
+
+/// Memory for one call of `Dataset::record`, given up after it: test datasets are mapped, and leave it empty.
+pub fn scratch() -> &'static mut Vec<u8> {
+    Box::leak(Box::default())
+}

@@ -116,16 +116,17 @@ fn views_lie_where_promised_and_are_the_augmenters() {
     let batch = loader.next_batch().unwrap();
     let order = EpochOrder::new(IMAGES as u64, config.seed, 1);
     let mut augmenter = Augmenter::new(&config.augment).unwrap();
+    let mut reader = ImageReader::default();
     let len = config.augment.view_len();
     let mut expected = vec![0.0; len];
     for i in 0..config.batch {
         let sample = order.at((2 * config.batch + i) as u64);
-        let record = dataset.record(sample as usize).unwrap();
-        assert_eq!((batch.sample_ids()[i], batch.labels()[i]), (sample, record.label));
+        let (image, label) = reader.read(&dataset, sample as usize).unwrap();
+        assert_eq!((batch.sample_ids()[i], batch.labels()[i]), (sample, label));
         for view in 0..2 {
-            let (width, height) = (record.original_width as u32, record.original_height as u32);
+            let (width, height) = image.original_size();
             let params = ViewParams::draw(&config.augment, config.seed, 1, sample, view, width, height);
-            augmenter.view(&Image::from_record(&record).unwrap(), &params, &mut expected);
+            augmenter.view(&image, &params, &mut expected);
             assert_eq!(batch.views()[(view as usize * config.batch + i) * len..][..len], expected[..]);
         }
     }
