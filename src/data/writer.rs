@@ -7,8 +7,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::format::{
-    Codec, ENTRY_LEN, Entry, HEADER_LEN, Header, MAGIC, MAJOR, MINOR, Meta, NO_LABEL, SHUFFLED, Section, content_uuid,
-    crc32c,
+    Codec, ENTRY_LEN, Entry, HEADER_LEN, Header, JPEG_RECORDS, MAGIC, MAJOR, MINOR, Meta, NO_LABEL, SHUFFLED, Section,
+    content_uuid, crc32c,
 };
 use crate::error::{Error, Result};
 
@@ -150,7 +150,7 @@ impl Writer {
             major: MAJOR,
             minor: MINOR,
             alignment: self.alignment,
-            required_features: 0,
+            required_features: if self.entries.iter().any(|e| e.codec == Codec::Jpeg as u8) { JPEG_RECORDS } else { 0 },
             optional_features: if shuffle.is_some() { SHUFFLED } else { 0 },
             records: self.entries.len() as u64,
             file_len: self.at,

@@ -256,7 +256,9 @@ impl Bottleneck {
         match self {
             Bottleneck::Consumer => "the loader keeps up",
             Bottleneck::Disk => "a faster disk, --shuffle-window, or a smaller store (`prepare --store jpeg:S`) helps",
-            Bottleneck::Memory => "fetching and checking records that lie in memory; more --workers help, up to the cores",
+            Bottleneck::Memory => {
+                "fetching and checking records that lie in memory; more --workers help, up to the cores"
+            }
             Bottleneck::Decode => "decoding JPEG; more cores help, or pixels stored raw (`prepare --store raw256`)",
             Bottleneck::Augment => "making views on the CPU; more cores help, or a device that makes them",
             Bottleneck::Copy => "copying pixels into the batch; more --workers help, up to the cores",
@@ -324,20 +326,35 @@ impl Report<'_> {
         let access = args.io.resolve(dataset.bytes());
         let images = HumanCount(dataset.len() as u64);
         let mut row = |label: &str, text: String| writeln!(out, "{label:<12}{text}");
-        row("data", format!("{}: {images} images, {}, {access:?}", dataset.path().display(), HumanBytes(dataset.bytes())))?;
+        row(
+            "data",
+            format!("{}: {images} images, {}, {access:?}", dataset.path().display(), HumanBytes(dataset.bytes())),
+        )?;
         let cpu = machine::cpu_name().unwrap_or_else(|| "unknown processor".into());
         row("machine", format!("{cpu}, {} cores; {} workers", machine::cores(), args.ranks * args.workers()))?;
         let (speed, bytes) = (self.images_per_s(), self.megabytes_per_s(measured.work.bytes));
         let disk = measured.from_storage.map_or("unknown".into(), |b| format!("{:.0} MB/s", self.megabytes_per_s(b)));
-        row("speed", format!("{speed:.0} images/s, {:.0} views/s, {bytes:.0} MB/s of records, {disk} of them from disk", 2.0 * speed))?;
+        row(
+            "speed",
+            format!(
+                "{speed:.0} images/s, {:.0} views/s, {bytes:.0} MB/s of records, {disk} of them from disk",
+                2.0 * speed
+            ),
+        )?;
         let consumer = args.consume.map_or("takes batches at once".into(), |rate| format!("takes {rate} images/s"));
         row("consumer", format!("{consumer}, waits for {:.1} % of its time", 100.0 * self.wait_share()))?;
         row("workers", format!("busy for {:.0} % of their time", 100.0 * self.busy_share()))?;
         for (name, time, _) in self.stages() {
-            row(&format!("  {name}"), format!("{:>8.1} us an image, {:>5.1} %", self.us_per_image(time), 100.0 * self.share(time)))?;
+            row(
+                &format!("  {name}"),
+                format!("{:>8.1} us an image, {:>5.1} %", self.us_per_image(time), 100.0 * self.share(time)),
+            )?;
         }
         if let Some(peak) = machine::peak_memory() {
-            row("memory", format!("peak {} of its own, {} with file cache", HumanBytes(self.peak_anonymous), HumanBytes(peak)))?;
+            row(
+                "memory",
+                format!("peak {} of its own, {} with file cache", HumanBytes(self.peak_anonymous), HumanBytes(peak)),
+            )?;
         }
         let bottleneck = self.bottleneck();
         let needed = self.workers_needed().filter(|_| bottleneck != Bottleneck::Consumer);

@@ -9,7 +9,7 @@ use super::config::{LoaderConfig, Output, Position};
 use crate::data::augment::ViewParams;
 use crate::error::{Error, Result};
 
-/// Where the pixels of an image lie in [`Batch::pixels`], and what its views were drawn for.
+/// Where the pixels of an image lie in [`Batch::pixels`], and the size of the original that its views were drawn for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct StoredImage {
     /// First byte.
@@ -113,12 +113,12 @@ impl Batch {
         &self.slot.pixels
     }
 
-    /// Place and size of every image in [`Batch::pixels`]. Empty under [`Output::Views`].
+    /// Size of every image, and its place in [`Batch::pixels`] (0 where there are none).
     pub fn images(&self) -> &[StoredImage] {
         &self.slot.images
     }
 
-    /// What was drawn for the two views of every image. Empty under [`Output::Views`].
+    /// What was drawn for the two views of every image.
     pub fn params(&self) -> &[[ViewParams; 2]] {
         &self.slot.params
     }

@@ -55,7 +55,9 @@ impl Loader {
         let positions = std::iter::successors(Some(position), move |last| Some(last.next(steps)))
             .take_while(move |position| epochs.is_none_or(|epochs| position.epoch < epochs));
         let (stop, counters) = (Arc::new(AtomicBool::new(false)), Arc::new(Counters::default()));
-        let read_ahead = ReadAhead::new(dataset.clone(), config.clone(), stop.clone());
+        let read_from = dataset.clone();
+        let ask = move |sample| read_from.prefetch(sample as usize);
+        let read_ahead = ReadAhead::new(dataset.len(), config.clone(), stop.clone(), ask);
         let workers = Workers::new(dataset, config, counters.clone(), stop.clone())?;
         let (reached, positions_reached) = channel();
         let fill = move |position, slot: &mut Slot| {
@@ -66,7 +68,8 @@ impl Loader {
         let mut loader = Loader::spawn(slots, positions, stop, fill)?;
         // It ends with the producer, which holds the sender.
         loader.threads.push(thread("read-ahead", move || read_ahead.run(positions_reached))?);
-        Ok(Loader { steps_per_epoch: steps, counters, ..loader })
+        (loader.steps_per_epoch, loader.counters) = (steps, counters);
+        Ok(loader)
     }
 
     /// Starts a thread that fills `slots` with batch after batch.

@@ -69,7 +69,8 @@ impl Counters {
     pub fn add(&self, bytes: usize, [start, fetched, decoded, finished]: [Instant; 4]) {
         self.images.fetch_add(1, Ordering::Relaxed);
         self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        let stages = [(&self.read, start, fetched), (&self.decode, fetched, decoded), (&self.finish, decoded, finished)];
+        let stages =
+            [(&self.read, start, fetched), (&self.decode, fetched, decoded), (&self.finish, decoded, finished)];
         for (counter, from, to) in stages {
             counter.fetch_add((to - from).as_nanos() as u64, Ordering::Relaxed);
         }

@@ -112,9 +112,11 @@ impl Workers {
         }
         let len = self.config.augment.view_len();
         let Slot { views, pixels, images, params, sample_ids, .. } = slot;
-        let (views_1, views_2) = views.split_at_mut(views.len() / 2);
+        let half = views.len() / 2;
+        let (views_1, views_2) = views.split_at_mut(half);
         let (mut views_1, mut views_2) = (views_1.chunks_exact_mut(len), views_2.chunks_exact_mut(len));
         let mut pixels = &mut pixels[..];
+        // Of views and pixels one is empty.
         let mut out = |image: &StoredImage| match (views_1.next(), views_2.next()) {
             (Some(view_1), Some(view_2)) => Out::Views([view_1, view_2]),
             _ => {
