@@ -41,7 +41,7 @@ fn write(folder: &Path, images: usize, side: u16) -> PathBuf {
     let (classes, rejected) = (vec![], vec![]);
     let meta =
         Meta { classes, source: text(), store: text(), decoder: text(), resizer: text(), writer: text(), rejected };
-    writer.finish(&meta, None, false).unwrap();
+    writer.finish(&meta, None).unwrap();
     path
 }
 

@@ -34,7 +34,7 @@ fn write(folder: &Path, count: u32) -> PathBuf {
     let (classes, rejected) = (vec![], vec![]);
     let meta =
         Meta { classes, source: text(), store: text(), decoder: text(), resizer: text(), writer: text(), rejected };
-    writer.finish(&meta, None, false).unwrap();
+    writer.finish(&meta, None).unwrap();
     path
 }
 
@@ -56,7 +56,10 @@ fn memory_does_not_grow_with_the_dataset() {
         let (of_small, of_large) = (peak(&small, options), peak(&large, options));
         println!("{options:?}: {of_small} bytes with 10,000 records, {of_large} with 1,000,000");
         assert!(of_small > 256 << 10, "{options:?}: the memory was not measured: {of_small}");
-        assert!(of_large < of_small + BOUND, "{options:?}: {of_small} bytes for 10,000 records, {of_large} for 1,000,000");
+        assert!(
+            of_large < of_small + BOUND,
+            "{options:?}: {of_small} bytes for 10,000 records, {of_large} for 1,000,000"
+        );
     }
     // Were the file held in memory, the figure would show it.
     let held = peak(&large, &["--io", "memory"]);

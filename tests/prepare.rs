@@ -11,7 +11,7 @@ use common::scratch;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use simsiam_engine::data::dataset::Dataset;
-use simsiam_engine::data::decode::decode;
+use simsiam_engine::data::decode::Decoder;
 use simsiam_engine::data::format::crc32c;
 use tempfile::TempDir;
 
@@ -70,7 +70,9 @@ fn fixture(name: &str) -> Vec<u8> {
 
 /// The pixels of a record, found again by what the decoder makes of a fixture.
 fn is_fixture(dataset: &Dataset, i: usize, name: &str) -> bool {
-    let image = decode(&fixture(name)).unwrap();
+    let bytes = fixture(name);
+    let mut decoder = Decoder::default();
+    let image = decoder.decode(&bytes).unwrap();
     dataset.record(i, scratch()).unwrap().bytes == image.pixels
 }
 

@@ -268,15 +268,7 @@ fn free_directory() -> PathBuf {
 fn prepare_split(source: &Path, split: &str, out: &Path) -> Result<Arc<Dataset>> {
     let images = source.join(format!("{split}-images-idx3-ubyte.gz"));
     let idx = Idx::open(&images, None, None)?;
-    let options = Options {
-        store: Store::Native,
-        shuffle: Some(SEED),
-        limit: None,
-        threads: 1,
-        strict: true,
-        max_bad: 0.0,
-        force: false,
-    };
+    let options = Options { shuffle: Some(SEED), ..Options::new(Store::Native) };
     let out = out.canonicalize().map_err(Error::io("open", out))?;
     let path = out.join(format!("fashion-{split}.ssds"));
     import::prepare(&idx, source, &path, &options, &mut |_| true)?;

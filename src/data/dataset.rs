@@ -122,7 +122,9 @@ impl Dataset {
             [only] => uuid::Uuid::from_bytes(only.header().uuid),
             shards => {
                 let mut hasher = blake3::Hasher::new();
-                shards.iter().for_each(|shard| drop(hasher.update(&shard.header().uuid)));
+                for shard in shards {
+                    hasher.update(&shard.header().uuid);
+                }
                 super::format::content_uuid(&hasher)
             }
         }

@@ -103,7 +103,7 @@ pub struct Header {
     pub max_height: u32,
     /// Which shard this is, from 0.
     pub shard: u32,
-    /// Of how many shards.
+    /// Of how many shards; 0 when that is for their manifest to say.
     pub shards: u32,
     /// Zero.
     pub reserved: u32,
@@ -257,7 +257,7 @@ impl Header {
         if !matches!(self.alignment, 64 | 4096) {
             return Err((12, format!("alignment is {}, expected 64 or 4096", self.alignment)));
         }
-        if self.shards == 0 || self.shard >= self.shards {
+        if self.shards != 0 && self.shard >= self.shards {
             return Err((124, format!("shard {} of {} does not exist", self.shard, self.shards)));
         }
         let mut free_from = HEADER_LEN as u64;

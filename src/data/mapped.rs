@@ -97,7 +97,7 @@ impl FileBytes {
     }
 
     /// Bytes of the file when it was opened.
-    pub fn len(&self) -> u64 {
+    pub fn size(&self) -> u64 {
         self.len
     }
 

@@ -2,7 +2,7 @@
 
 use super::augment::Image;
 use super::dataset::Dataset;
-use super::decode;
+use super::decode::Decoder;
 use super::format::Codec;
 use super::shard::Record;
 use crate::error::{Error, Result};
@@ -11,12 +11,8 @@ use crate::error::{Error, Result};
 #[derive(Debug, Default)]
 pub struct ImageReader {
     bytes: Vec<u8>,
-    pixels: Pixels,
+    decoder: Decoder,
 }
-
-/// The pixels of an image that had to be decoded.
-#[derive(Debug, Default)]
-pub struct Pixels(Vec<u8>);
 
 impl ImageReader {
     /// Record `i` as it is stored.
@@ -34,31 +30,28 @@ impl ImageReader {
     pub fn read<'a>(&'a mut self, dataset: &'a Dataset, i: usize) -> Result<(Image<'a>, Option<u32>)> {
         let record = dataset.record(i, &mut self.bytes)?;
         let undecodable = |what| Error::format(dataset.path(), None, format!("record {i}: {what}"));
-        Ok((self.pixels.decode(&record).map_err(undecodable)?, record.label))
+        Ok((decode(&record, &mut self.decoder).map_err(undecodable)?, record.label))
     }
 }
 
-impl Pixels {
-    /// The image of a record: its bytes themselves, or, of a JPEG, what they decode to.
-    ///
-    /// # Errors
-    /// The reason, as a clause without the name of the file.
-    pub fn decode<'a>(&'a mut self, record: &Record<'a>) -> Result<Image<'a>, String> {
-        let (width, height) = (record.width, record.height);
-        let (pixels, channels) = match record.codec {
-            Codec::Raw => (record.bytes, record.channels),
-            Codec::Jpeg => {
-                let image = decode::decode(record.bytes)?;
-                if (usize::from(image.width), usize::from(image.height)) != (width, height) {
-                    let (w, h) = (image.width, image.height);
-                    return Err(format!("the JPEG is of {w}x{h} pixels, but the index says {width}x{height}"));
-                }
-                self.0 = image.pixels;
-                (&self.0[..], usize::from(image.channels))
+/// The image of a record: its bytes themselves, or, of a JPEG, what `decoder` makes of them.
+///
+/// # Errors
+/// The reason, as a clause without the name of the file.
+pub fn decode<'a>(record: &Record<'a>, decoder: &'a mut Decoder) -> Result<Image<'a>, String> {
+    let (width, height) = (record.width, record.height);
+    let (pixels, channels) = match record.codec {
+        Codec::Raw => (record.bytes, record.channels),
+        Codec::Jpeg => {
+            let image = decoder.decode(record.bytes)?;
+            if (usize::from(image.width), usize::from(image.height)) != (width, height) {
+                let (w, h) = (image.width, image.height);
+                return Err(format!("the JPEG is of {w}x{h} pixels, but the index says {width}x{height}"));
             }
-        };
-        Image::new(pixels, width, height, channels)
-            .and_then(|image| image.with_original_size(record.original_width as u32, record.original_height as u32))
-            .map_err(|e| e.to_string())
-    }
+            (image.pixels, usize::from(image.channels))
+        }
+    };
+    Image::new(pixels, width, height, channels)
+        .and_then(|image| image.with_original_size(record.original_width as u32, record.original_height as u32))
+        .map_err(|e| e.to_string())
 }

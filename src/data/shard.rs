@@ -50,8 +50,8 @@ impl Shard {
     pub fn open(path: &Path, access: Access) -> Result<Shard> {
         let bytes = FileBytes::open(path, access)?;
         let mut scratch = Vec::new();
-        let page = Section { offset: 0, len: bytes.len().min(HEADER_LEN as u64) };
-        let header = Header::parse(path, bytes.get(page, &mut scratch)?, bytes.len())?;
+        let page = Section { offset: 0, len: bytes.size().min(HEADER_LEN as u64) };
+        let header = Header::parse(path, bytes.get(page, &mut scratch)?, bytes.size())?;
         check_index(&bytes, &header)?;
         let meta = header.parse_meta(path, bytes.get(header.meta, &mut scratch)?)?;
         Ok(Shard { bytes, header, meta })

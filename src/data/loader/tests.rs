@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::ahead::READ_AHEAD;
 use super::*;
 use crate::data::augment::{AugmentConfig, Augmenter, ViewParams};
-use crate::data::decode;
+use crate::data::decode::Decoder;
 use crate::data::format::{Codec, HEADER_LEN, Meta, crc32c};
 use crate::data::mapped::Access;
 use crate::data::order::EpochOrder;
@@ -66,7 +66,7 @@ fn write(folder: &Path, name: &str, records: impl IntoIterator<Item = NewRecord>
         writer: text(),
         rejected: vec![],
     };
-    writer.finish(&meta, None, false).unwrap();
+    writer.finish(&meta, None).unwrap();
     path
 }
 
@@ -240,7 +240,7 @@ fn records_are_the_stored_pixels_with_what_was_drawn() {
             let draw = |view| ViewParams::draw(&config.augment, config.seed, 1, sample, view, width, height);
             assert_eq!(batch.params()[i], [draw(0), draw(1)]);
             if sample == 5 {
-                assert_eq!(image.pixels(), decode::decode(&fixture("420.jpg")).unwrap().pixels);
+                assert_eq!(image.pixels(), Decoder::default().decode(&fixture("420.jpg")).unwrap().pixels);
             }
             jpegs += usize::from(sample % 6 == 5);
         }

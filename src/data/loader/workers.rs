@@ -14,8 +14,9 @@ use super::config::{LoaderConfig, Output, Position};
 use super::stats::Counters;
 use crate::data::augment::{Augmenter, ViewParams};
 use crate::data::dataset::Dataset;
+use crate::data::decode::Decoder;
 use crate::data::format::{Codec, Entry};
-use crate::data::reader::Pixels;
+use crate::data::reader::decode;
 use crate::error::{Error, Result};
 
 /// Channels that a JPEG decodes to, whatever it holds.
@@ -34,7 +35,7 @@ pub(super) struct Workers {
 /// What a thread has of its own.
 struct Tools {
     bytes: Vec<u8>,
-    pixels: Pixels,
+    decoder: Decoder,
     /// Where views are made.
     augmenter: Option<Augmenter>,
 }
@@ -67,7 +68,7 @@ impl Workers {
             .map_err(super::no_thread)?;
         let tools = || {
             let augmenter = (config.output == Output::Views).then(|| Augmenter::new(&config.augment)).transpose()?;
-            Ok(Mutex::new(Tools { bytes: Vec::new(), pixels: Pixels::default(), augmenter }))
+            Ok(Mutex::new(Tools { bytes: Vec::new(), decoder: Decoder::default(), augmenter }))
         };
         let tools = (0..config.workers).map(|_| tools()).collect::<Result<_>>()?;
         Ok(Workers { dataset, config, pool, tools, counters, stop })
@@ -150,7 +151,7 @@ impl Workers {
         let start = Instant::now();
         let record = self.dataset.record(sample as usize, &mut tools.bytes)?;
         let fetched = Instant::now();
-        let image = tools.pixels.decode(&record).map_err(fault)?;
+        let image = decode(&record, &mut tools.decoder).map_err(fault)?;
         let decoded = Instant::now();
         // The index lies on disk, where it may have changed since the batch was planned.
         let original = (planned.original_width as u32, planned.original_height as u32);
