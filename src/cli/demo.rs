@@ -12,6 +12,7 @@ use crate::data::augment::AugmentConfig;
 use crate::data::dataset::Dataset;
 use crate::data::import::idx::Idx;
 use crate::data::import::{self, Options, Store};
+use crate::data::mapped::Access;
 use crate::error::{Error, Result};
 use crate::eval::features::{FeatureExtractor, KnnProbe};
 use crate::eval::knn::Knn;
@@ -216,6 +217,7 @@ impl Demo {
         RunConfig {
             data: self.train.path().to_path_buf(),
             seed: SEED,
+            shuffle_window: 0,
             recipe: Recipe {
                 epochs,
                 batch: BATCH,
@@ -236,7 +238,7 @@ impl Demo {
                 temperature: KNN.temperature,
                 every_epochs: 1,
             }),
-            machine: Machine { workers: 1, cpu_conv: Tier::Direct, check: false },
+            machine: Machine { workers: 1, io: Access::Auto, cpu_conv: Tier::Direct, check: false },
         }
     }
 

@@ -1,5 +1,6 @@
 //! One dataset file as a slice of records, each verified when read.
 
+use std::io;
 use std::path::Path;
 
 use super::format::{
@@ -69,7 +70,7 @@ impl Shard {
     /// [`Error::Io`] when the disk fails.
     pub fn record<'a>(&'a self, i: usize, scratch: &'a mut Vec<u8>) -> Result<Record<'a>> {
         let entry = self.entry(i)?;
-        let bytes = self.bytes.get(section(&entry), scratch)?;
+        let bytes = self.bytes.get(section(&entry), scratch).map_err(|e| in_record(e, i))?;
         let computed = crc32c(bytes);
         if computed != entry.crc {
             let what = mismatch(&format!("record {i}:"), entry.crc, computed);
@@ -98,7 +99,8 @@ impl Shard {
         }
         let offset = self.header.index.offset + (i * ENTRY_LEN) as u64;
         let mut scratch = Vec::new();
-        let bytes = self.bytes.get(Section { offset, len: ENTRY_LEN as u64 }, &mut scratch)?;
+        let entry = Section { offset, len: ENTRY_LEN as u64 };
+        let bytes = self.bytes.get(entry, &mut scratch).map_err(|e| in_record(e, i))?;
         let entry: Entry = bytemuck::pod_read_unaligned(bytes);
         // Again, as at opening: the entry lies on disk, and the record is found by it.
         self.header.check_entry(&entry, i as u64, self.header.payload.offset).map_err(|what| {
@@ -158,6 +160,20 @@ fn check_index(bytes: &FileBytes, header: &Header) -> Result<()> {
         Ok(())
     })?;
     check.finish()
+}
+
+/// Says at which record the disk failed.
+fn in_record(error: Error, i: usize) -> Error {
+    match error {
+        Error::Io { action, path, source } => {
+            let reason = match source.kind() {
+                io::ErrorKind::UnexpectedEof => "the file has been cut since it was opened".to_string(),
+                _ => source.to_string(),
+            };
+            Error::Io { action, path, source: io::Error::new(source.kind(), format!("record {i}: {reason}")) }
+        }
+        other => other,
+    }
 }
 
 fn section(entry: &Entry) -> Section {
