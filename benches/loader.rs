@@ -1,4 +1,5 @@
-//! Images per second through the loader (two views each), from a warm file.
+//! Images per second through the loader, from a warm file: finished views (two an image), and stored pixels.
+//! `simsiam-engine bench loader` measures the same on a dataset of yours.
 #![allow(missing_docs)] // criterion's macros make public items without
 
 use std::path::{Path, PathBuf};
@@ -7,9 +8,10 @@ use std::thread::available_parallelism;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use simsiam_engine::data::augment::AugmentConfig;
+use simsiam_engine::data::dataset::Dataset;
 use simsiam_engine::data::format::{Codec, Meta, crc32c};
-use simsiam_engine::data::loader::{Loader, LoaderConfig, Position};
-use simsiam_engine::data::mapped::Dataset;
+use simsiam_engine::data::loader::{Loader, LoaderConfig, Output, Position};
+use simsiam_engine::data::mapped::Access;
 use simsiam_engine::data::writer::{NewRecord, Writer};
 
 /// A dataset of smooth images with texture.
@@ -39,15 +41,25 @@ fn write(folder: &Path, images: usize, side: u16) -> PathBuf {
     let (classes, rejected) = (vec![], vec![]);
     let meta =
         Meta { classes, source: text(), store: text(), decoder: text(), resizer: text(), writer: text(), rejected };
-    writer.finish(&meta, None, false).unwrap();
+    writer.finish(&meta, None).unwrap();
     path
 }
 
-fn batches(c: &mut Criterion, name: &str, augment: AugmentConfig, batch: usize, path: &Path) {
-    let dataset = Arc::new(Dataset::open(path).unwrap());
+fn batches(c: &mut Criterion, name: &str, dataset: Dataset, augment: AugmentConfig, output: Output, batch: usize) {
     let workers = available_parallelism().map_or(1, |n| n.get());
-    let config = LoaderConfig { batch, seed: 1, augment, workers, slots: 3, epochs: None };
-    let mut loader = Loader::start(dataset, config, Position::default()).unwrap();
+    let config = LoaderConfig {
+        batch,
+        seed: 1,
+        augment,
+        output,
+        shuffle_window: 0,
+        rank: 0,
+        world_size: 1,
+        workers,
+        slots: 3,
+        epochs: None,
+    };
+    let mut loader = Loader::start(Arc::new(dataset), config, Position::default()).unwrap();
     let mut group = c.benchmark_group("loader");
     group.sample_size(10).throughput(Throughput::Elements(batch as u64));
     group.bench_function(format!("{name}_{workers}_workers"), |b| b.iter(|| loader.next_batch().unwrap().position));
@@ -55,10 +67,16 @@ fn batches(c: &mut Criterion, name: &str, augment: AugmentConfig, batch: usize, 
 
 fn loader(c: &mut Criterion) {
     let folder = tempfile::tempdir().unwrap();
-    let large = write(folder.path(), 256, 256);
-    batches(c, "images_224_from_256", AugmentConfig::imagenet(), 64, &large);
+    let large = write(folder.path(), 1024, 256);
+    let (imagenet, cifar) = (AugmentConfig::imagenet(), AugmentConfig::cifar());
+    batches(c, "images_224_from_256", Dataset::open(&large).unwrap(), imagenet.clone(), Output::Views, 64);
+    for access in [Access::Map, Access::Pread, Access::Memory] {
+        let name = format!("records_256_{access:?}").to_lowercase();
+        let dataset = Dataset::open_with(&large, access).unwrap();
+        batches(c, &name, dataset, imagenet.clone(), Output::Records, 256);
+    }
     let small = write(folder.path(), 4096, 32);
-    batches(c, "images_32_from_32", AugmentConfig::cifar(), 256, &small);
+    batches(c, "images_32_from_32", Dataset::open(&small).unwrap(), cifar, Output::Views, 256);
 }
 
 // Plots would need a system font, which this crate's build of plotters leaves out.

@@ -6,6 +6,7 @@ use std::process::{Command, Output, Stdio};
 
 use simsiam_engine::backend::cpu::Tier;
 use simsiam_engine::data::augment::AugmentConfig;
+use simsiam_engine::data::mapped::Access;
 use simsiam_engine::exec::CpuExecutor;
 use simsiam_engine::nn::heads::{HeadNorm, Heads, OutBias, PredictorKind};
 use simsiam_engine::nn::resnet::{Block, ResNet, Stem};
@@ -244,6 +245,7 @@ fn run_folder(folder: &Path) -> NamedTensors {
     let config = RunConfig {
         data: "images.ssds".into(),
         seed: 5,
+        shuffle_window: 0,
         recipe: Recipe {
             epochs: 3,
             batch: 2,
@@ -258,7 +260,7 @@ fn run_folder(folder: &Path) -> NamedTensors {
         augment: AugmentConfig { image_size: 40, ..AugmentConfig::imagenet() },
         log: Logging { every: 1, rank_every: 1, checkpoint_epochs: 1, checkpoint_steps: 0, keep_last: 2 },
         knn: None,
-        machine: Machine { workers: 1, cpu_conv: Tier::Direct, check: false },
+        machine: Machine { workers: 1, io: Access::Auto, cpu_conv: Tier::Direct, check: false },
     };
     config.write(folder).unwrap();
     fs::create_dir(folder.join("checkpoints")).unwrap();

@@ -1,15 +1,18 @@
 //! `prepare` and `inspect` from outside: sources, order, bad input, interruption.
 
+mod common;
+
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use common::scratch;
 use flate2::Compression;
 use flate2::write::GzEncoder;
-use simsiam_engine::data::decode::decode;
+use simsiam_engine::data::dataset::Dataset;
+use simsiam_engine::data::decode::Decoder;
 use simsiam_engine::data::format::crc32c;
-use simsiam_engine::data::mapped::Dataset;
 use tempfile::TempDir;
 
 struct Place(TempDir);
@@ -67,8 +70,10 @@ fn fixture(name: &str) -> Vec<u8> {
 
 /// The pixels of a record, found again by what the decoder makes of a fixture.
 fn is_fixture(dataset: &Dataset, i: usize, name: &str) -> bool {
-    let image = decode(&fixture(name)).unwrap();
-    dataset.record(i).unwrap().pixels == image.pixels
+    let bytes = fixture(name);
+    let mut decoder = Decoder::default();
+    let image = decoder.decode(&bytes).unwrap();
+    dataset.record(i, scratch()).unwrap().bytes == image.pixels
 }
 
 /// The order that torchvision's ImageFolder gives for this tree, found by running it: classes by code point ("Z" before
@@ -100,7 +105,7 @@ fn a_folder_has_the_order_of_torchvision() {
     for (i, name) in expected.iter().enumerate() {
         assert!(is_fixture(&dataset, i, name), "record {i} is not {name}");
     }
-    assert_eq!(dataset.header().stride, 0);
+    assert_eq!(dataset.shards()[0].header().stride, 0);
 }
 
 #[test]
@@ -123,7 +128,7 @@ fn a_folder_without_classes_has_no_labels() {
     place.write("pics/2.jpg", &fixture("420.jpg"));
     let dataset = place.prepare(&["pics", "out.ssds", "--store", "raw:8"]);
     assert_eq!((dataset.len(), dataset.classes().len()), (2, 0));
-    let record = dataset.record(0).unwrap();
+    let record = dataset.record(0, scratch()).unwrap();
     assert_eq!((record.width, record.height, record.label), (8, 8, None));
     // 53x38 and 41x29, in either order.
     let originals: Vec<_> = (0..2).map(|i| dataset.entry(i).unwrap().original_width).collect();
@@ -158,10 +163,10 @@ fn threads_do_not_change_the_file_but_the_seed_does() {
     let changes = (1..dataset.len()).filter(|&i| dataset.label(i).unwrap() != dataset.label(i - 1).unwrap()).count();
     assert!((50..110).contains(&changes), "{changes} changes of class: not shuffled");
     // The rejected file does not move with the order.
-    assert_eq!(dataset.meta().rejected[0].path, "class0/bad.jpg");
+    assert_eq!(dataset.shards()[0].meta().rejected[0].path, "class0/bad.jpg");
     let some = place.prepare(&["pics", "out.ssds", "--store", "raw:20", "--force", "--limit", "7"]);
     assert_eq!(some.len(), 7);
-    assert!((0..7).all(|i| some.record(i).unwrap() == dataset.record(i).unwrap()));
+    assert!((0..7).all(|i| some.record(i, scratch()).unwrap() == dataset.record(i, scratch()).unwrap()));
 }
 
 #[test]
@@ -184,7 +189,7 @@ fn bad_images_are_listed_or_stop_it() {
         assert!(text.contains(line), "{text}");
     }
     let dataset = Dataset::open(&place.at("out.ssds")).unwrap();
-    let rejected: Vec<&str> = dataset.meta().rejected.iter().map(|r| r.path.as_str()).collect();
+    let rejected: Vec<&str> = dataset.shards()[0].meta().rejected.iter().map(|r| r.path.as_str()).collect();
     assert_eq!((dataset.len(), rejected), (16, vec!["class0/flipped.png", "class1/cut.jpg", "class1/empty.png"]));
     let text = stdout(&place.run(&["inspect", "out.ssds"]));
     assert!(text.contains("rejected    3\n  class0/flipped.png: PNG: "), "{text}");
@@ -261,10 +266,10 @@ fn idx_files_come_through() {
     let check = |dataset: &Dataset| {
         assert_eq!(dataset.classes(), ["0", "1", "2", "3"]);
         for (i, &label) in LABELS.iter().enumerate() {
-            let record = dataset.record(i).unwrap();
+            let record = dataset.record(i, scratch()).unwrap();
             assert_eq!((record.width, record.height, record.channels), (3, 4, 1));
             assert_eq!(record.label, Some(label.into()));
-            assert_eq!(record.pixels, &idx_images()[16 + 12 * i..][..12]);
+            assert_eq!(record.bytes, &idx_images()[16 + 12 * i..][..12]);
         }
     };
     check(&place.prepare(&["set", "out.ssds", "--no-shuffle"]));
@@ -277,7 +282,7 @@ fn idx_files_come_through() {
     let args = [images.to_str().unwrap(), "out.ssds", "--force", "--no-shuffle", "--labels", labels.to_str().unwrap()];
     check(&place.prepare(&args));
     let square = place.prepare(&["set", "out.ssds", "--force", "--store", "raw:7"]);
-    let record = square.record(4).unwrap();
+    let record = square.record(4, scratch()).unwrap();
     assert_eq!((record.width, record.height, record.original_width, record.original_height), (7, 7, 3, 4));
     // A second set makes it unclear which is meant.
     fs::remove_file(place.at("out.ssds")).unwrap();
@@ -357,7 +362,7 @@ fn inspect_shows_verifies_and_draws() {
     // The middle of the second tile is a pixel of the second record.
     let dataset = Dataset::open(&place.at("out.ssds")).unwrap();
     let at = (8 * 16 + 8) * 3;
-    assert_eq!(sheet.get_pixel(120 + 60, 4 + 60).0, dataset.record(1).unwrap().pixels[at..at + 3]);
+    assert_eq!(sheet.get_pixel(120 + 60, 4 + 60).0, dataset.record(1, scratch()).unwrap().bytes[at..at + 3]);
     let json: serde_json::Value =
         serde_json::from_slice(&place.run(&["inspect", "out.ssds", "--json"]).stdout).unwrap();
     assert_eq!((json["records"].as_u64(), json["classes"][1]["name"].as_str()), (Some(24), Some("class1")));
@@ -377,7 +382,7 @@ fn verify_names_every_damaged_record() {
     let output = place.run(&["inspect", "damaged.ssds", "--verify"]);
     let text = stderr(&output);
     assert_eq!(output.status.code(), Some(1));
-    let crc = crc32c(dataset.record(4).unwrap().pixels);
+    let crc = crc32c(dataset.record(4, scratch()).unwrap().bytes);
     assert!(
         text.contains(&format!("byte {}: record 4: checksum mismatch: stored {crc:08x}", 4096 + 4 * 768)),
         "{text}"

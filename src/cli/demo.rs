@@ -9,9 +9,10 @@ use super::output::print;
 use super::signals;
 use crate::backend::cpu::Tier;
 use crate::data::augment::AugmentConfig;
+use crate::data::dataset::Dataset;
 use crate::data::import::idx::Idx;
 use crate::data::import::{self, Options, Store};
-use crate::data::mapped::Dataset;
+use crate::data::mapped::Access;
 use crate::error::{Error, Result};
 use crate::eval::features::{FeatureExtractor, KnnProbe};
 use crate::eval::knn::Knn;
@@ -216,6 +217,7 @@ impl Demo {
         RunConfig {
             data: self.train.path().to_path_buf(),
             seed: SEED,
+            shuffle_window: 0,
             recipe: Recipe {
                 epochs,
                 batch: BATCH,
@@ -236,7 +238,7 @@ impl Demo {
                 temperature: KNN.temperature,
                 every_epochs: 1,
             }),
-            machine: Machine { workers: 1, cpu_conv: Tier::Direct, check: false },
+            machine: Machine { workers: 1, io: Access::Auto, cpu_conv: Tier::Direct, check: false },
         }
     }
 
@@ -265,16 +267,8 @@ fn free_directory() -> PathBuf {
 /// A split as a dataset file, opened under its absolute path, so that a run on it can be continued from any directory.
 fn prepare_split(source: &Path, split: &str, out: &Path) -> Result<Arc<Dataset>> {
     let images = source.join(format!("{split}-images-idx3-ubyte.gz"));
-    let idx = Idx::open(&images, None, None, source)?;
-    let options = Options {
-        store: Store::Native,
-        shuffle: Some(SEED),
-        limit: None,
-        threads: 1,
-        strict: true,
-        max_bad: 0.0,
-        force: false,
-    };
+    let idx = Idx::open(&images, None, None, out)?;
+    let options = Options { shuffle: Some(SEED), ..Options::new(Store::Native) };
     let out = out.canonicalize().map_err(Error::io("open", out))?;
     let path = out.join(format!("fashion-{split}.ssds"));
     import::prepare(&idx, source, &path, &options, &mut |_| true)?;

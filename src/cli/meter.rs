@@ -13,6 +13,8 @@ pub struct Meter {
     bar: Option<ProgressBar>,
     total: u64,
     started: Instant,
+    /// What was done before: the work of an earlier call says nothing about the speed of this one.
+    before: Option<u64>,
     line_due: Duration,
 }
 
@@ -22,11 +24,12 @@ impl Meter {
         let template = "{prefix} [{wide_bar}] {human_pos}/{human_len} images, {msg}, {eta} left";
         let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
         let bar = stderr().is_terminal().then(|| ProgressBar::new(total).with_style(style).with_prefix(verb));
-        Meter { bar, total, started: Instant::now(), line_due: LINE_EVERY }
+        Meter { bar, total, started: Instant::now(), before: None, line_due: LINE_EVERY }
     }
 
     /// Tells that `done` images are done.
     pub fn set(&mut self, done: u64) {
+        self.before.get_or_insert(done.saturating_sub(1));
         if let Some(bar) = &self.bar {
             bar.set_message(format!("{:.0} images/s", self.rate(done)));
             bar.set_position(done);
@@ -47,6 +50,6 @@ impl Meter {
     }
 
     fn rate(&self, done: u64) -> f64 {
-        done as f64 / self.started.elapsed().as_secs_f64().max(1e-9)
+        (done - self.before.unwrap_or(0).min(done)) as f64 / self.started.elapsed().as_secs_f64().max(1e-9)
     }
 }

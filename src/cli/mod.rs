@@ -2,13 +2,17 @@
 
 mod augment_args;
 mod augment_preview;
+mod bench;
 mod demo;
 mod device;
 mod export;
+mod facts;
 mod inspect;
+mod machine;
 mod meter;
 mod model_args;
 mod output;
+mod picture;
 mod plan;
 mod prepare;
 mod preset;
@@ -58,6 +62,8 @@ enum Command {
     Plan(plan::PlanArgs),
     /// Write the trained backbone as a file that torchvision loads.
     Export(export::ExportArgs),
+    /// Measure a part of the engine on this machine, and name what holds it up.
+    Bench(bench::BenchArgs),
     /// Compare the engine with results that PyTorch computed.
     Selftest(selftest::SelftestArgs),
 }
@@ -85,6 +91,7 @@ fn run(command: Command) -> Result<()> {
         Command::AugmentPreview(args) => augment_preview::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Export(args) => export::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Selftest(args) => selftest::run(args),
     }
 }

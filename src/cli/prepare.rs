@@ -5,11 +5,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use bytesize::ByteSize;
+
 use super::meter::Meter;
 use super::output::print;
 use super::source_args::{SourceArgs, default_store};
+use crate::atomic::write_atomic;
 use crate::data::import::{self, Options, Source, Store, Summary};
-use crate::data::writer::refuse_existing;
+use crate::data::writer::{is_unfinished, refuse_existing};
 use crate::error::{Error, Result};
 
 /// Rejected files that are printed; the dataset file lists all.
@@ -19,7 +22,7 @@ const REJECTED_SHOWN: usize = 10;
 pub struct PrepareArgs {
     /// Folder of images or of class folders; IDX, CIFAR binary, WebDataset tar or Parquet files, or a folder of them.
     source: PathBuf,
-    /// Dataset file to write (usually *.ssds).
+    /// Dataset to write (usually *.ssds).
     out: PathBuf,
     #[command(flatten)]
     source_args: SourceArgs,
@@ -44,9 +47,24 @@ pub struct PrepareArgs {
     /// Per cent of the images that may be bad; those are listed and left out.
     #[arg(long, value_name = "PERCENT", default_value_t = 1.0, conflicts_with = "strict")]
     max_bad: f64,
+    /// Also write the images that were left out to FILE: path, tab, reason, a line each.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Write shards of about this size (4GB, 512MiB); OUT becomes the small manifest that names them.
+    #[arg(long, value_name = "SIZE")]
+    shard_size: Option<ByteSize>,
+    /// Add the images to the dataset OUT, as a new shard. New classes come behind those that are there.
+    #[arg(long, conflicts_with = "force")]
+    append: bool,
     /// Replace OUT if it exists.
     #[arg(long)]
     force: bool,
+    /// Throw away what an interrupted call left unfinished, instead of going on with it.
+    #[arg(long)]
+    restart: bool,
+    /// Make what was done safe from a crash every SIZE bytes.
+    #[arg(long, value_name = "SIZE", default_value = "64MiB")]
+    segment: ByteSize,
 }
 
 pub fn run(args: PrepareArgs) -> Result<()> {
@@ -59,7 +77,9 @@ pub fn run(args: PrepareArgs) -> Result<()> {
         }
     }
     // Now rather than after minutes of listing a large folder.
-    refuse_existing(&args.out, args.force)?;
+    if !args.append {
+        refuse_existing(&args.out, args.force)?;
+    }
     let scratch = args.out.parent().unwrap_or(Path::new(""));
     let source = args.source_args.open(&args.source, scratch)?;
     write(&*source, &args, default_store(&*source))
@@ -75,6 +95,10 @@ fn write(source: &dyn Source, args: &PrepareArgs, default_store: Store) -> Resul
         strict: args.strict,
         max_bad: args.max_bad,
         force: args.force,
+        restart: args.restart,
+        shard_size: args.shard_size.map(|size| size.as_u64()),
+        segment: args.segment.as_u64().max(1),
+        append: args.append,
     };
     let stop = stop_on_signal()?;
     let mut meter = Meter::new("preparing", options.limit.unwrap_or(usize::MAX).min(source.len()) as u64);
@@ -83,7 +107,10 @@ fn write(source: &dyn Source, args: &PrepareArgs, default_store: Store) -> Resul
         !stop.load(Ordering::Relaxed)
     });
     let seconds = meter.finish();
-    let summary = outcome?;
+    let summary = outcome.inspect_err(|_| tell_what_is_kept(&args.out))?;
+    if let Some(path) = &args.report {
+        write_report(path, &summary)?;
+    }
     print(|out| report(&summary, args, &options, seconds, out))
 }
 
@@ -94,19 +121,23 @@ fn report(
     seconds: f64,
     out: &mut dyn Write,
 ) -> io::Result<()> {
-    let header = &summary.header;
-    let seen = header.records + summary.rejected.len() as u64;
+    let records = summary.records();
+    let seen = records + summary.rejected.len() as u64;
     let order = options.shuffle.map_or("in source order".into(), |seed| format!("shuffled with seed {seed}"));
+    let shards = if summary.files.len() > 1 { format!(" in {} shards", summary.files.len()) } else { String::new() };
+    let added = if options.append { "added " } else { "" };
     writeln!(
         out,
-        "{}: {} images, {} classes, {}, {order}, {:.1} MB, {seconds:.1} s ({:.0} images/s)",
+        "{}: {added}{records} images{shards}, {} classes, {}, {order}, {:.1} MB, {seconds:.1} s ({:.0} images/s)",
         args.out.display(),
-        header.records,
-        header.classes,
+        summary.classes,
         options.store,
-        header.file_len as f64 / 1e6,
-        seen as f64 / seconds.max(1e-9)
+        summary.bytes() as f64 / 1e6,
+        (seen - summary.resumed.min(seen)) as f64 / seconds.max(1e-9)
     )?;
+    if summary.resumed > 0 {
+        writeln!(out, "{} of them were done by an earlier call, which this one went on with", summary.resumed)?;
+    }
     if summary.rejected.is_empty() {
         return Ok(());
     }
@@ -120,7 +151,24 @@ fn report(
     Ok(())
 }
 
-/// A flag that Ctrl-C and SIGTERM set, so that the unfinished file is removed.
+/// The list of `--report`.
+fn write_report(path: &Path, summary: &Summary) -> Result<()> {
+    write_atomic(path, |out| {
+        summary.rejected.iter().try_for_each(|rejected| writeln!(out, "{}\t{}", rejected.path, rejected.reason))
+    })
+}
+
+/// After a failure.
+fn tell_what_is_kept(out: &Path) {
+    if is_unfinished(out) {
+        eprintln!(
+            "note: what was done is kept beside {}; the same command goes on from there, --restart starts anew",
+            out.display()
+        );
+    }
+}
+
+/// A flag that Ctrl-C and SIGTERM set, so that the work ends in good order.
 fn stop_on_signal() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();

@@ -10,7 +10,8 @@ use super::preset::Preset;
 use super::recipe_args::RecipeArgs;
 use super::signals;
 use crate::backend::cpu::Tier;
-use crate::data::mapped::Dataset;
+use crate::data::dataset::Dataset;
+use crate::data::mapped::Access;
 use crate::error::{Error, Result};
 use crate::eval::features::{FeatureExtractor, KnnProbe};
 use crate::eval::knn::Knn;
@@ -34,6 +35,10 @@ pub struct TrainArgs {
     /// Seed of initialisation, order and augmentation.
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Shuffle within windows of N consecutive records, each read from its start to its end: for slow disks [default: 0,
+    /// all at once].
+    #[arg(long, value_name = "N", conflicts_with = "resume")]
+    shuffle_window: Option<u64>,
     #[command(flatten)]
     recipe: RecipeArgs,
     #[command(flatten)]
@@ -93,6 +98,9 @@ struct MachineArgs {
     /// Threads that read and augment images [default: 1; with --resume, as before].
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
+    /// How records are read [default: auto; with --resume, as before]. Does not change any result.
+    #[arg(long, value_enum)]
+    io: Option<Access>,
     /// Implementation of the CPU's convolutions.
     #[arg(long, value_enum, default_value_t)]
     cpu_conv: Tier,
@@ -104,11 +112,10 @@ struct MachineArgs {
 pub fn run(args: TrainArgs) -> Result<()> {
     check_available(args.machine.device, args.machine.dtype)?;
     let interrupt = signals::install()?;
-    let (folder, config) = match &args.resume {
+    let (folder, config, dataset) = match &args.resume {
         Some(path) => resume(&args, path)?,
         None => start(&args)?,
     };
-    let dataset = Arc::new(Dataset::open(&config.data)?);
     let probe = config.knn.as_ref().map(|knn| probe(&config, knn)).transpose()?;
     let run = Run::new(&folder, &config, dataset, probe)?;
     describe(&folder, &config, &run);
@@ -118,13 +125,14 @@ pub fn run(args: TrainArgs) -> Result<()> {
 }
 
 /// A new run. Everything that can be wrong is looked at before the directory is made.
-fn start(args: &TrainArgs) -> Result<(RunFolder, RunConfig)> {
+fn start(args: &TrainArgs) -> Result<(RunFolder, RunConfig, Arc<Dataset>)> {
     let (Some(data), Some(path)) = (&args.data, &args.run) else {
         return Err(Error::config("train", "expected a dataset file and --run DIR, or --resume DIR"));
     };
     let config = RunConfig {
         data: absolute(data)?,
         seed: args.seed,
+        shuffle_window: args.shuffle_window.unwrap_or(0),
         recipe: args.recipe.resolve(args.preset),
         model: args.model.resolve(args.preset)?,
         augment: args.augment.resolve(args.preset)?,
@@ -138,22 +146,25 @@ fn start(args: &TrainArgs) -> Result<(RunFolder, RunConfig)> {
         knn: knn_monitor(&args.log)?,
         machine: Machine {
             workers: args.machine.workers.unwrap_or(1),
+            io: args.machine.io.unwrap_or_default(),
             cpu_conv: args.machine.cpu_conv,
             check: args.machine.check,
         },
     };
     config.validate()?;
-    let dataset = Dataset::open(data)?;
+    let dataset = Arc::new(Dataset::open_with(data, config.machine.io)?);
     config.schedule(crate::data::loader::steps_per_epoch(dataset.len(), config.recipe.batch)).validate()?;
-    Ok((RunFolder::create(path, &config)?, config))
+    Ok((RunFolder::create(path, &config)?, config, dataset))
 }
 
-fn resume(args: &TrainArgs, path: &std::path::Path) -> Result<(RunFolder, RunConfig)> {
+fn resume(args: &TrainArgs, path: &std::path::Path) -> Result<(RunFolder, RunConfig, Arc<Dataset>)> {
     let (folder, mut config) = RunFolder::open(path)?;
     config.machine.workers = args.machine.workers.unwrap_or(config.machine.workers);
+    config.machine.io = args.machine.io.unwrap_or(config.machine.io);
     config.machine.check |= args.machine.check;
     config.validate()?;
-    Ok((folder, config))
+    let dataset = Arc::new(Dataset::open_with(&config.data, config.machine.io)?);
+    Ok((folder, config, dataset))
 }
 
 /// The path from the root, so that a run can be continued from any directory.

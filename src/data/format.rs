@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Everything here works on bytes in memory and trusts nothing: sums are checked, every range is compared with the length
-//! of the file. The mapped reader ([`super::mapped`]) and the writer ([`super::writer`]) share these types.
+//! of the file. The reader ([`super::shard`]) and the writer ([`super::writer`]) share these types.
 
 use std::path::Path;
 
@@ -103,7 +103,7 @@ pub struct Header {
     pub max_height: u32,
     /// Which shard this is, from 0.
     pub shard: u32,
-    /// Of how many shards.
+    /// Of how many shards; 0 when that is for their manifest to say.
     pub shards: u32,
     /// Zero.
     pub reserved: u32,
@@ -163,13 +163,6 @@ pub enum Codec {
     Jpeg = 1,
 }
 
-impl Codec {
-    /// The codec of an index entry, if this build knows it.
-    pub fn from_number(number: u8) -> Option<Codec> {
-        [Codec::Raw, Codec::Jpeg].into_iter().find(|&codec| codec as u8 == number)
-    }
-}
-
 /// The meta text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Meta {
@@ -213,40 +206,40 @@ impl Header {
         page
     }
 
-    /// Reads and checks the header of `file`, the whole content of `path`.
+    /// Reads and checks the header of a file of `file_len` bytes, of which `page` holds the first [`HEADER_LEN`], or all.
     ///
     /// # Errors
     /// [`Error::Format`] when this is no dataset file, is damaged, cut, too new, or contradicts itself.
-    pub fn parse(path: &Path, file: &[u8]) -> Result<Header> {
+    pub fn parse(path: &Path, page: &[u8], file_len: u64) -> Result<Header> {
         let fault = |offset: usize, what: String| Error::format(path, Some(offset as u64), what);
-        if !file.starts_with(&MAGIC) {
+        if !page.starts_with(&MAGIC) {
             return Err(fault(0, "not a dataset file: its first 8 bytes are not the .ssds magic".into())
                 .with_hint("`prepare` makes dataset files from images"));
         }
-        if file.len() < HEADER_LEN {
-            return Err(damaged(fault(file.len(), format!("cut inside the {HEADER_LEN}-byte header page"))));
+        if page.len() < HEADER_LEN {
+            return Err(damaged(fault(page.len(), format!("cut inside the {HEADER_LEN}-byte header page"))));
         }
-        let header: Header = bytemuck::pod_read_unaligned(&file[..size_of::<Header>()]);
+        let header: Header = bytemuck::pod_read_unaligned(&page[..size_of::<Header>()]);
         // Before the checksum: another major version may keep it elsewhere.
         if header.major > MAJOR {
             let what =
                 format!("format version {}.{}, but this build reads up to {MAJOR}.x", header.major, header.minor);
             return Err(fault(8, what).with_hint("update simsiam-engine"));
         }
-        let stored = u32::from_le_bytes([0, 1, 2, 3].map(|i| file[CRC_AT + i]));
-        let computed = crc32c(&file[..CRC_AT]);
+        let stored = u32::from_le_bytes([0, 1, 2, 3].map(|i| page[CRC_AT + i]));
+        let computed = crc32c(&page[..CRC_AT]);
         if stored != computed {
             return Err(damaged(fault(0, mismatch("header", stored, computed))));
         }
         if header.major < MAJOR {
             return Err(fault(8, format!("format version {}.{} never existed", header.major, header.minor)));
         }
-        header.check(file.len()).map_err(|(field, what)| fault(field, what))?;
+        header.check(file_len).map_err(|(field, what)| fault(field, what))?;
         Ok(header)
     }
 
     /// Everything the header says by itself, in a file of `file_len` bytes; the fault as (byte of the field, sentence).
-    fn check(&self, file_len: usize) -> Result<(), (usize, String)> {
+    fn check(&self, file_len: u64) -> Result<(), (usize, String)> {
         let unknown = self.required_features & !KNOWN_REQUIRED;
         if unknown != 0 {
             return Err((
@@ -254,8 +247,8 @@ impl Header {
                 format!("needs features {unknown:#x} that this build does not know; hint: update simsiam-engine"),
             ));
         }
-        if self.file_len != file_len as u64 {
-            let cut = if (file_len as u64) < self.file_len { "cut" } else { "grown" };
+        if self.file_len != file_len {
+            let cut = if file_len < self.file_len { "cut" } else { "grown" };
             return Err((40, format!("the file is {cut}: {file_len} bytes, but its header says {}", self.file_len)));
         }
         if self.records == 0 {
@@ -264,7 +257,7 @@ impl Header {
         if !matches!(self.alignment, 64 | 4096) {
             return Err((12, format!("alignment is {}, expected 64 or 4096", self.alignment)));
         }
-        if self.shards == 0 || self.shard >= self.shards {
+        if self.shards != 0 && self.shard >= self.shards {
             return Err((124, format!("shard {} of {} does not exist", self.shard, self.shards)));
         }
         let mut free_from = HEADER_LEN as u64;
@@ -290,41 +283,10 @@ impl Header {
         Ok(())
     }
 
-    /// The index of `file`, checked entry by entry.
-    ///
-    /// # Errors
-    /// [`Error::Format`] naming the record and the byte where its entry lies.
-    pub fn read_index(&self, path: &Path, file: &[u8]) -> Result<Vec<Entry>> {
-        let bytes = self.section(path, file, "index", self.index, self.index_crc)?;
-        let mut entries = Vec::with_capacity(bytes.len() / ENTRY_LEN);
-        let mut free_from = self.payload.offset;
-        for (i, chunk) in bytes.chunks_exact(ENTRY_LEN).enumerate() {
-            let entry: Entry = bytemuck::pod_read_unaligned(chunk);
-            free_from = self.check_entry(&entry, i as u64, free_from).map_err(|what| {
-                Error::format(
-                    path,
-                    Some(self.index.offset + (i * ENTRY_LEN) as u64),
-                    format!("index of record {i}: {what}"),
-                )
-            })?;
-            entries.push(entry);
-        }
-        let longest = entries.iter().map(|e| u64::from(e.len)).max().unwrap_or(0);
-        let widest = entries.iter().map(|e| u32::from(e.width)).max().unwrap_or(0);
-        let highest = entries.iter().map(|e| u32::from(e.height)).max().unwrap_or(0);
-        if (longest, widest, highest) != (self.max_record, self.max_width, self.max_height) {
-            let what = format!(
-                "the header's largest record ({} bytes, {}x{}) is not that of the index ({longest} bytes, {widest}x{highest})",
-                self.max_record, self.max_width, self.max_height
-            );
-            return Err(Error::format(path, Some(104), what));
-        }
-        Ok(entries)
-    }
-
     /// Checks entry `i`, whose record may start at `free_from`; returns where the next one may.
-    fn check_entry(&self, entry: &Entry, i: u64, free_from: u64) -> Result<u64, String> {
-        let codec = Codec::from_number(entry.codec)
+    pub(super) fn check_entry(&self, entry: &Entry, i: u64, free_from: u64) -> Result<u64, String> {
+        let codec = entry
+            .codec()
             .ok_or_else(|| format!("codec {} is not one this build knows (0 raw, 1 JPEG)", entry.codec))?;
         if codec == Codec::Jpeg && self.required_features & JPEG_RECORDS == 0 {
             return Err("codec 1 (JPEG) in a file whose header names no JPEG records".into());
@@ -362,33 +324,161 @@ impl Header {
         }
     }
 
-    /// The meta text of `file`.
+    /// The meta text, of which `bytes` are all.
     ///
     /// # Errors
     /// [`Error::Format`] when it is damaged, no such JSON, or not of as many classes as the header says.
-    pub fn read_meta(&self, path: &Path, file: &[u8]) -> Result<Meta> {
-        let bytes = self.section(path, file, "meta", self.meta, self.meta_crc)?;
-        let at = Some(self.meta.offset);
-        let meta: Meta =
-            serde_json::from_slice(bytes).map_err(|e| Error::format(path, at, format!("meta text: {e}")))?;
+    pub fn parse_meta(&self, path: &Path, bytes: &[u8]) -> Result<Meta> {
+        let fault = |what: String| Error::format(path, Some(self.meta.offset), what);
+        let computed = crc32c(bytes);
+        if computed != self.meta_crc {
+            return Err(damaged(fault(mismatch("meta", self.meta_crc, computed))));
+        }
+        let meta: Meta = serde_json::from_slice(bytes).map_err(|e| fault(format!("meta text: {e}")))?;
         if meta.classes.len() as u64 != u64::from(self.classes) {
-            let what = format!("{} class names, but the header says {}", meta.classes.len(), self.classes);
-            return Err(Error::format(path, at, what));
+            return Err(fault(format!("{} class names, but the header says {}", meta.classes.len(), self.classes)));
         }
         Ok(meta)
     }
+}
 
-    /// The bytes of a section whose checksum is `stored`.
-    fn section<'a>(&self, path: &Path, file: &'a [u8], name: &str, section: Section, stored: u32) -> Result<&'a [u8]> {
-        let fault = |what: String| damaged(Error::format(path, Some(section.offset), what));
-        let range = section.range(file.len()).ok_or_else(|| fault(format!("the {name} leaves the file")))?;
-        let bytes = &file[range];
-        let computed = crc32c(bytes);
-        if computed != stored {
-            return Err(fault(mismatch(name, stored, computed)));
-        }
-        Ok(bytes)
+impl Entry {
+    /// Class of the record, where known.
+    pub fn label(&self) -> Option<u32> {
+        (self.label != NO_LABEL).then_some(self.label)
     }
+
+    /// What the record holds, if this build knows it.
+    pub fn codec(&self) -> Option<Codec> {
+        [Codec::Raw, Codec::Jpeg].into_iter().find(|&codec| codec as u8 == self.codec)
+    }
+}
+
+/// Checks an index piece by piece, in constant memory.
+pub struct IndexCheck<'a> {
+    header: &'a Header,
+    path: &'a Path,
+    crc: Crc32c,
+    summary: IndexSummary,
+    free_from: u64,
+    /// The first: told only when the checksum holds, for otherwise the damage is the news.
+    fault: Option<Error>,
+}
+
+impl<'a> IndexCheck<'a> {
+    /// Starts the check of the index of the file at `path`.
+    pub fn new(header: &'a Header, path: &'a Path) -> IndexCheck<'a> {
+        let (crc, summary) = (Crc32c::default(), IndexSummary::default());
+        IndexCheck { header, path, crc, summary, free_from: header.payload.offset, fault: None }
+    }
+
+    /// The next piece: whole entries.
+    pub fn feed(&mut self, piece: &[u8]) {
+        self.crc.update(piece);
+        let entries = piece.chunks_exact(ENTRY_LEN).map(bytemuck::pod_read_unaligned);
+        if self.fault.is_none() {
+            self.fault = entries.map(|entry: Entry| self.check(&entry)).find_map(Result::err);
+        }
+    }
+
+    fn check(&mut self, entry: &Entry) -> Result<()> {
+        let i = self.summary.records;
+        self.free_from = self.header.check_entry(entry, i, self.free_from).map_err(|what| {
+            let offset = self.header.index.offset + i * ENTRY_LEN as u64;
+            Error::format(self.path, Some(offset), format!("index of record {i}: {what}"))
+        })?;
+        self.summary.add(entry);
+        Ok(())
+    }
+
+    /// The verdict after the last piece.
+    ///
+    /// # Errors
+    /// [`Error::Format`] when the checksum is not that of the header, when an entry makes no sense (named with the byte where
+    /// it lies), or when the sizes are not those of the header.
+    pub fn finish(self) -> Result<()> {
+        let Header { index, index_crc, max_record, max_width, max_height, .. } = *self.header;
+        let computed = self.crc.finish();
+        if computed != index_crc {
+            let what = mismatch("index", index_crc, computed);
+            return Err(damaged(Error::format(self.path, Some(index.offset), what)));
+        }
+        if let Some(fault) = self.fault {
+            return Err(fault);
+        }
+        let IndexSummary { longest, widest, highest, .. } = self.summary;
+        if (longest, widest, highest) != (max_record, max_width, max_height) {
+            let what = format!(
+                "the header's largest record ({max_record} bytes, {max_width}x{max_height}) is not that of the index ({longest} bytes, {widest}x{highest})",
+            );
+            return Err(Error::format(self.path, Some(104), what));
+        }
+        Ok(())
+    }
+}
+
+/// What the header says about all entries together.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct IndexSummary {
+    /// Number of entries.
+    pub records: u64,
+    /// Bytes of the longest record.
+    pub longest: u64,
+    /// Bytes of the shortest record.
+    pub shortest: u64,
+    /// Width of the widest record.
+    pub widest: u32,
+    /// Height of the highest record.
+    pub highest: u32,
+    /// Records that are JPEG files.
+    pub jpegs: u64,
+}
+
+impl IndexSummary {
+    /// Takes the next entry into account.
+    pub fn add(&mut self, entry: &Entry) {
+        let len = u64::from(entry.len);
+        self.shortest = if self.records == 0 { len } else { self.shortest.min(len) };
+        self.longest = self.longest.max(len);
+        self.widest = self.widest.max(entry.width.into());
+        self.highest = self.highest.max(entry.height.into());
+        self.jpegs += u64::from(entry.codec == Codec::Jpeg as u8);
+        self.records += 1;
+    }
+
+    /// The distance between records, 0 when they differ in length.
+    pub fn stride(&self, alignment: u32) -> u64 {
+        if self.longest == self.shortest { self.longest.next_multiple_of(alignment.into()) } else { 0 }
+    }
+}
+
+/// CRC32C of bytes that come in pieces.
+pub struct Crc32c(crc_fast::Digest);
+
+impl Default for Crc32c {
+    fn default() -> Crc32c {
+        Crc32c(crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi))
+    }
+}
+
+impl Crc32c {
+    /// The next piece.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The checksum of all pieces.
+    pub fn finish(self) -> u32 {
+        self.0.finalize() as u32
+    }
+}
+
+/// A version 8 UUID of content (the index holds every record's checksum): no clock and no chance, so that the same source
+/// and options give the same bytes.
+pub fn content_uuid(content: &blake3::Hasher) -> uuid::Uuid {
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(&content.finalize().as_bytes()[..16]);
+    uuid::Builder::from_custom_bytes(bytes).into_uuid()
 }
 
 /// The sentence for a checksum that does not hold.

@@ -1,52 +1,73 @@
-//! The mapped reader: a dataset file as a slice of records, each verified when read.
+//! The bytes of a dataset file, by range: mapped, read on demand, or held in memory.
 #![allow(unsafe_code)]
 
 use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use memmap2::{Advice, Mmap};
+use rustix::fs::fadvise;
 
-use super::format::{Codec, Entry, Header, Meta, NO_LABEL, crc32c, damaged, mismatch};
+use super::format::Section;
 use crate::error::{Error, Result};
 
-/// An open dataset file. Cheap to share between threads; all methods take `&self`.
+/// How the bytes of a dataset are reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Access {
+    /// In memory when the dataset takes at most a quarter of what is free, mapped otherwise.
+    #[default]
+    Auto,
+    /// Mapped: the kernel's cache is the only copy. A file that is cut while in use kills the process (SIGBUS).
+    Map,
+    /// Read record by record: a failing disk is an error, and so is a file that is cut while in use.
+    Pread,
+    /// Read as a whole when opened.
+    Memory,
+}
+
+impl Access {
+    /// What [`Access::Auto`] comes to for a dataset of `bytes` bytes.
+    pub fn resolve(self, bytes: u64) -> Access {
+        match self {
+            Access::Auto if available_memory().is_some_and(|free| bytes <= free / 4) => Access::Memory,
+            Access::Auto => Access::Map,
+            chosen => chosen,
+        }
+    }
+}
+
+/// Bytes of memory that can be had without swapping, where the system tells.
+pub fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// An open file.
 #[derive(Debug)]
-pub struct Dataset {
+pub struct FileBytes {
     path: PathBuf,
-    map: Mmap,
-    header: Header,
-    /// A checked copy: what the index says cannot change after `open`, whatever happens to the file.
-    entries: Vec<Entry>,
-    meta: Meta,
+    len: u64,
+    content: Content,
 }
 
-/// One record, its checksum verified.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Record<'a> {
-    /// The stored bytes; for [`Codec::Raw`] height x width x channels.
-    pub pixels: &'a [u8],
-    /// Stored width.
-    pub width: usize,
-    /// Stored height.
-    pub height: usize,
-    /// 1 (grey) or 3 (RGB).
-    pub channels: usize,
-    /// Width of the source image: crops are drawn in its geometry.
-    pub original_width: usize,
-    /// Height of the source image.
-    pub original_height: usize,
-    /// Class, where known.
-    pub label: Option<u32>,
-    /// What `pixels` holds.
-    pub codec: Codec,
+#[derive(Debug)]
+enum Content {
+    Map(Mmap),
+    Pread(File),
+    Memory(Vec<u8>),
 }
 
-impl Dataset {
-    /// Maps the file and checks everything except the records themselves.
+impl FileBytes {
+    /// Opens a regular file.
     ///
     /// # Errors
-    /// [`Error::Io`] when it cannot be opened, [`Error::Format`] when it is not a whole and consistent dataset file.
-    pub fn open(path: &Path) -> Result<Dataset> {
+    /// [`Error::Io`] when it cannot be opened, [`Error::Format`] when it is no regular file, [`Error::Unsupported`] when it
+    /// does not fit into memory.
+    pub fn open(path: &Path, access: Access) -> Result<FileBytes> {
+        // Before the open, which would wait for the other end of a pipe.
         let status = std::fs::metadata(path).map_err(Error::io("open", path))?;
         if status.is_dir() {
             return Err(Error::format(path, None, "is a folder, not a dataset file")
@@ -56,66 +77,18 @@ impl Dataset {
             return Err(Error::format(path, None, "is not a regular file: it cannot be mapped"));
         }
         let file = File::open(path).map_err(Error::io("open", path))?;
-        // SAFETY: the map is read-only and private to this type, which hands out shared slices only. A dataset file is
-        // written under another name and renamed when complete, and `prepare` never rewrites one in place, so its
-        // bytes do not change under the map; a foreign program that does so anyway is caught by the record checksums
-        // (or, when it cuts the file, by SIGBUS).
-        let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
-        let header = Header::parse(path, &map)?;
-        let entries = header.read_index(path, &map)?;
-        let meta = header.read_meta(path, &map)?;
-        Ok(Dataset { path: path.to_path_buf(), map, header, entries, meta })
-    }
-
-    /// Number of records, at least 1.
-    #[allow(clippy::len_without_is_empty)]
-    pub fn len(&self) -> usize {
-        self.entries.len()
-    }
-
-    /// Record `i`, after verifying its checksum.
-    ///
-    /// # Errors
-    /// [`Error::Format`] with file, record and offset when the bytes are damaged, [`Error::Shape`] when `i >= len()`.
-    pub fn record(&self, i: usize) -> Result<Record<'_>> {
-        let entry = self.entry(i)?;
-        let pixels = self.bytes(entry);
-        let computed = crc32c(pixels);
-        if computed != entry.crc {
-            let what = mismatch(&format!("record {i}:"), entry.crc, computed);
-            return Err(damaged(Error::format(&self.path, Some(entry.offset), what)));
-        }
-        Ok(Record {
-            pixels,
-            width: entry.width.into(),
-            height: entry.height.into(),
-            channels: entry.channels.into(),
-            original_width: entry.original_width.into(),
-            original_height: entry.original_height.into(),
-            label: label(entry),
-            codec: Codec::from_number(entry.codec).unwrap_or(Codec::Raw),
-        })
-    }
-
-    /// Label of record `i`, without touching its bytes.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] when `i >= len()`.
-    pub fn label(&self, i: usize) -> Result<Option<u32>> {
-        self.entry(i).map(label)
-    }
-
-    /// Asks the kernel to read record `i` ahead. A hint only: nothing fails when it is not taken.
-    pub fn prefetch(&self, i: usize) {
-        if let Some(entry) = self.entries.get(i) {
-            // A refused hint costs speed, never correctness.
-            let _ = self.map.advise_range(Advice::WillNeed, entry.offset as usize, entry.len as usize);
-        }
-    }
-
-    /// Class names; a label is a place in this list.
-    pub fn classes(&self) -> &[String] {
-        &self.meta.classes
+        let len = file.metadata().map_err(Error::io("look at", path))?.len();
+        let content = match access.resolve(len) {
+            Access::Memory => Content::Memory(read_whole(&file, path, len)?),
+            Access::Pread => Content::Pread(file),
+            // SAFETY: the map is read-only and private to this type, which hands out shared slices only. A dataset file is
+            // written under another name and renamed when complete, and `prepare` never rewrites one in place, so its
+            // bytes do not change under the map; a foreign program that does so anyway is caught by the record checksums
+            // (or, when it cuts the file, by SIGBUS).
+            Access::Map | Access::Auto => Content::Map(unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?),
+        };
+        let len = if let Content::Map(map) = &content { map.len() as u64 } else { len };
+        Ok(FileBytes { path: path.to_path_buf(), len, content })
     }
 
     /// Where the file lies.
@@ -123,47 +96,77 @@ impl Dataset {
         &self.path
     }
 
-    /// The header.
-    pub fn header(&self) -> &Header {
-        &self.header
+    /// Bytes of the file when it was opened.
+    pub fn size(&self) -> u64 {
+        self.len
     }
 
-    /// How the file was made and what was left out.
-    pub fn meta(&self) -> &Meta {
-        &self.meta
-    }
-
-    /// Compares index and meta with the BLAKE3 hashes of the header, on top of the checks of [`Dataset::open`].
+    /// The bytes of `section`; `scratch` is where they are put when they have to be read, and grows to at most their number.
     ///
     /// # Errors
-    /// [`Error::Format`] when one differs.
-    pub fn verify_hashes(&self) -> Result<()> {
-        let Header { index, meta, index_blake3, meta_blake3, .. } = self.header;
-        for (name, section, stored) in [("index", index, index_blake3), ("meta", meta, meta_blake3)] {
-            let bytes = section.range(self.map.len()).map_or(&[][..], |range| &self.map[range]);
-            if *blake3::hash(bytes).as_bytes() != stored {
-                let what = format!("BLAKE3 of the {name} is not the one in the header");
-                return Err(damaged(Error::format(&self.path, Some(section.offset), what)));
+    /// [`Error::Format`] when the section leaves the file, [`Error::Io`] when the disk fails or the file has been cut.
+    pub fn get<'a>(&'a self, section: Section, scratch: &'a mut Vec<u8>) -> Result<&'a [u8]> {
+        let range = usize::try_from(self.len).ok().and_then(|len| section.range(len));
+        let range = range.ok_or_else(|| {
+            let what = format!("{} bytes at {} leave the file of {} bytes", section.len, section.offset, self.len);
+            Error::format(&self.path, Some(section.offset), what)
+        })?;
+        match &self.content {
+            Content::Map(map) => Ok(&map[range]),
+            Content::Memory(bytes) => Ok(&bytes[range]),
+            Content::Pread(file) => {
+                if scratch.len() < range.len() {
+                    scratch.resize(range.len(), 0);
+                }
+                let target = &mut scratch[..range.len()];
+                file.read_exact_at(target, section.offset).map_err(Error::io("read", &self.path))?;
+                Ok(target)
             }
+        }
+    }
+
+    /// Shows `section` to `see` in pieces of `len` bytes (the last may be shorter).
+    ///
+    /// # Errors
+    /// As [`FileBytes::get`], and those of `see`.
+    pub fn each_chunk(&self, section: Section, len: u64, mut see: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let mut scratch = Vec::new();
+        let mut done = 0;
+        while done < section.len {
+            let piece = Section { offset: section.offset.saturating_add(done), len: len.min(section.len - done) };
+            see(self.get(piece, &mut scratch)?)?;
+            done += piece.len;
         }
         Ok(())
     }
 
-    /// Index entry of record `i`: its sizes and label, without touching its bytes.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] when `i >= len()`.
-    pub fn entry(&self, i: usize) -> Result<&Entry> {
-        let out_of_range = || Error::shape("dataset", "record number", format!("below {}", self.len()), i);
-        self.entries.get(i).ok_or_else(out_of_range)
-    }
-
-    /// The range was checked against the length of the map by `open`.
-    fn bytes(&self, entry: &Entry) -> &[u8] {
-        &self.map[entry.offset as usize..][..entry.len as usize]
+    /// Asks the kernel to read `section` ahead. A hint only: nothing fails when it is not taken.
+    pub fn prefetch(&self, section: Section) {
+        // A refused hint costs speed, never correctness.
+        match &self.content {
+            Content::Map(map) => {
+                let _ = map.advise_range(Advice::WillNeed, section.offset as usize, section.len as usize);
+            }
+            Content::Pread(file) => {
+                let len = std::num::NonZeroU64::new(section.len);
+                let _ = fadvise(file, section.offset, len, rustix::fs::Advice::WillNeed);
+            }
+            Content::Memory(_) => {}
+        }
     }
 }
 
-fn label(entry: &Entry) -> Option<u32> {
-    (entry.label != NO_LABEL).then_some(entry.label)
+fn read_whole(mut file: &File, path: &Path, len: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let fits = available_memory().is_none_or(|free| len <= free);
+    if !fits || usize::try_from(len).is_ok_and(|len| bytes.try_reserve_exact(len).is_err()) {
+        let what = format!("{} of {} MB does not fit into memory", path.display(), len / 1_000_000);
+        return Err(Error::Unsupported { what, hint: Some("--io map reads it from the disk".into()) });
+    }
+    file.read_to_end(&mut bytes).map_err(Error::io("read", path))?;
+    if bytes.len() as u64 != len {
+        let what = format!("{} bytes were read, {len} expected: it changes while it is read", bytes.len());
+        return Err(Error::format(path, None, what));
+    }
+    Ok(bytes)
 }

@@ -2,10 +2,16 @@
 //! memory that it is handed.
 
 pub mod augment;
+pub mod dataset;
 pub mod decode;
 pub mod format;
 pub mod import;
+pub mod journal;
 pub mod loader;
+pub mod manifest;
 pub mod mapped;
 pub mod order;
+pub mod reader;
+mod resume;
+pub mod shard;
 pub mod writer;

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use crate::backend::cpu::Tier;
-use crate::data::augment::{AugmentConfig, Augmenter, Image};
-use crate::data::mapped::Dataset;
+use crate::data::augment::{AugmentConfig, Augmenter};
+use crate::data::dataset::Dataset;
+use crate::data::reader::ImageReader;
 use crate::error::{Error, Result};
 use crate::eval::knn::{Knn, KnnResult, Labelled};
 use crate::exec::{CpuExecutor, Executor};
@@ -98,10 +99,10 @@ impl FeatureExtractor {
         for first in (0..dataset.len()).step_by(BATCH) {
             let count = BATCH.min(dataset.len() - first);
             images[..count * view].par_chunks_mut(view).enumerate().try_for_each_init(
-                || Augmenter::new(&self.augment),
-                |augmenter, (i, out)| {
+                || (Augmenter::new(&self.augment), ImageReader::default()),
+                |(augmenter, reader), (i, out)| {
                     let augmenter = augmenter.as_mut().map_err(|e| Error::Mismatch(e.to_string()))?;
-                    let image = Image::from_record(&dataset.record(first + i)?)?;
+                    let (image, _) = reader.read(dataset, first + i)?;
                     augmenter.resize_center(&image, None, out);
                     Ok::<(), Error>(())
                 },
@@ -181,10 +182,11 @@ impl KnnProbe {
     fn pixels(&self, dataset: &Dataset) -> Result<Features> {
         let plain = AugmentConfig { mean: [0.0; 3], std: [1.0; 3], ..self.extractor.augment.clone() };
         let mut augmenter = Augmenter::new(&plain)?;
+        let mut reader = ImageReader::default();
         let dim = plain.view_len();
         let mut values = vec![0f32; dataset.len() * dim];
         for (i, out) in values.chunks_exact_mut(dim).enumerate() {
-            augmenter.resize_center(&Image::from_record(&dataset.record(i)?)?, None, out);
+            augmenter.resize_center(&reader.read(dataset, i)?.0, None, out);
         }
         Ok(Features { values, labels: labels(dataset)?, dim })
     }

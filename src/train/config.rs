@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::atomic::write_atomic;
 use crate::backend::cpu::Tier;
 use crate::data::augment::AugmentConfig;
+use crate::data::mapped::Access;
 use crate::error::{Error, Result};
 use crate::nn::simsiam::SimSiam;
 use crate::train::schedule::Schedule;
@@ -22,6 +23,9 @@ pub struct RunConfig {
     pub data: PathBuf,
     /// Seed of initialisation, order and augmentation.
     pub seed: u64,
+    /// Images are shuffled within windows of so many consecutive records; 0: all at once.
+    #[serde(default)]
+    pub shuffle_window: u64,
     /// How it is trained.
     pub recipe: Recipe,
     /// The network and the method.
@@ -97,6 +101,9 @@ pub struct KnnMonitor {
 pub struct Machine {
     /// Loader threads.
     pub workers: usize,
+    /// How records are read.
+    #[serde(default)]
+    pub io: Access,
     /// Tier of the CPU's convolutions.
     pub cpu_conv: Tier,
     /// Look at the output of every node for NaN and infinity, every step.

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::data::loader::{Loader, LoaderConfig, Position, steps_per_epoch};
-use crate::data::mapped::Dataset;
+use crate::data::dataset::Dataset;
+use crate::data::loader::{Loader, LoaderConfig, Output, Position, steps_per_epoch};
 use crate::error::{Error, Result};
 use crate::tensor::safetensors::NamedTensors;
 use crate::train::checkpoint::Checkpoints;
@@ -42,6 +42,9 @@ pub struct TrainState {
     pub step: u64,
     /// Identity of the dataset: a run must go on with the one it began with.
     pub dataset: String,
+    /// Window of the shuffle, which decides the order of the images as the seed does.
+    #[serde(default)]
+    pub shuffle_window: u64,
     /// The collapse monitor.
     pub monitor: CollapseMonitor,
 }
@@ -164,6 +167,7 @@ impl<'a> Run<'a> {
         let mut newest = None;
         if let Some(mut checkpoint) = checkpoints.latest::<TrainState>()? {
             check_dataset(&checkpoint.state, &dataset)?;
+            check_order(&checkpoint.state, config)?;
             monitor = checkpoint.state.monitor.clone();
             newest = Some(checkpoint.path().to_path_buf());
             let step = checkpoint.state.step;
@@ -223,6 +227,10 @@ impl<'a> Run<'a> {
             batch: self.config.recipe.batch,
             seed: self.config.seed,
             augment: self.config.augment.clone(),
+            output: Output::Views,
+            shuffle_window: self.config.shuffle_window,
+            rank: 0,
+            world_size: 1,
             workers: self.config.machine.workers,
             slots: LOADER_SLOTS,
             epochs: Some(epochs),
@@ -327,6 +335,7 @@ impl<'a> Run<'a> {
         let state = TrainState {
             step: self.trainer.step(),
             dataset: dataset_identity(&self.dataset),
+            shuffle_window: self.config.shuffle_window,
             monitor: self.monitor.clone(),
         };
         self.newest = Some(self.checkpoints.save(state.step, &self.trainer.tensors()?, &state)?);
@@ -336,7 +345,7 @@ impl<'a> Run<'a> {
 }
 
 fn dataset_identity(dataset: &Dataset) -> String {
-    uuid::Uuid::from_bytes(dataset.header().uuid).to_string()
+    dataset.uuid().to_string()
 }
 
 fn check_dataset(state: &TrainState, dataset: &Dataset) -> Result<()> {
@@ -346,6 +355,16 @@ fn check_dataset(state: &TrainState, dataset: &Dataset) -> Result<()> {
     }
     let what = format!("the run began with dataset {}, this file is dataset {identity}", state.dataset);
     Err(Error::format(dataset.path(), None, what).with_hint("put the dataset file back that the run began with"))
+}
+
+fn check_order(state: &TrainState, config: &RunConfig) -> Result<()> {
+    if state.shuffle_window == config.shuffle_window {
+        return Ok(());
+    }
+    let (began, now) = (state.shuffle_window, config.shuffle_window);
+    let what = format!("the run began with a shuffle window of {began}, its configuration says {now}");
+    let hint = format!("put shuffle_window = {began} back into {}", config::FILE_NAME);
+    Err(Error::config("shuffle_window", what).with_hint(hint))
 }
 
 /// Speed and waiting, without the pauses for checkpoints and probes.

@@ -4,6 +4,8 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use simsiam_engine::data::format::{ENTRY_LEN, Entry, HEADER_LEN, Header, crc32c};
+
 /// The binary, with output that does not depend on the terminal.
 pub fn engine() -> Command {
     Command::new(env!("CARGO_BIN_EXE_simsiam-engine"))
@@ -39,4 +41,39 @@ pub fn fashion(folder: &Path, split: &str, limit: usize) -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("assets/fashion-mnist/{split}-images-idx3-ubyte.gz"));
     succeed(&["prepare", images.to_str().unwrap(), out.to_str().unwrap(), "--limit", &limit.to_string()]);
     out
+}
+
+/// Memory for one call of `Dataset::record`, given up after it: test datasets are mapped, and leave it empty.
+pub fn scratch() -> &'static mut Vec<u8> {
+    Box::leak(Box::default())
+}
+
+/// A dataset file made of a good one: header, entries and meta text changed, and all checksums made to fit again.
+pub fn lying(good: &[u8], lie: impl FnOnce(&mut Header, &mut [Entry], &mut Vec<u8>)) -> Vec<u8> {
+    let honest: Header = bytemuck::pod_read_unaligned(&good[..size_of::<Header>()]);
+    let mut header = honest;
+    let (index, meta) = (header.index, header.meta);
+    let part = |offset: u64, len: u64| good[offset as usize..(offset + len) as usize].to_vec();
+    let mut entries: Vec<Entry> =
+        part(index.offset, index.len).chunks(ENTRY_LEN).map(bytemuck::pod_read_unaligned).collect();
+    let mut text = part(meta.offset, meta.len);
+    lie(&mut header, &mut entries, &mut text);
+    let mut bytes = good[..index.offset as usize].to_vec();
+    let index_bytes: Vec<u8> = bytemuck::cast_slice(&entries).to_vec();
+    bytes.extend_from_slice(&index_bytes);
+    bytes.extend_from_slice(&text);
+    if header.file_len == honest.file_len {
+        header.file_len = bytes.len() as u64;
+    }
+    if header.meta.len == meta.len {
+        header.meta.len = text.len() as u64;
+    }
+    (header.index_crc, header.meta_crc) = (crc32c(&index_bytes), crc32c(&text));
+    bytes[..HEADER_LEN].copy_from_slice(&header.to_page());
+    bytes
+}
+
+/// A temporary folder, in memory where the system has such a place: for thousands of small files.
+pub fn quick_folder() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }

@@ -15,8 +15,6 @@ use std::ops::Range;
 pub use config::{AugmentConfig, BlurKernel};
 pub use params::{CropBox, Jitter, JitterOp, ViewParams};
 
-use crate::data::format::Codec;
-use crate::data::mapped::Record;
 use crate::error::{Error, Result};
 use blur::Blur;
 use crop::{Resizer, Span};
@@ -60,16 +58,14 @@ impl<'a> Image<'a> {
         Ok(self)
     }
 
-    /// The image of a record of a dataset.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] when the record is not an image of a supported shape.
-    pub fn from_record(record: &Record<'a>) -> Result<Image<'a>> {
-        if record.codec != Codec::Raw {
-            return Err(Error::shape("image", "codec", "raw pixels", format!("{:?}", record.codec)));
-        }
-        let image = Image::new(record.pixels, record.width, record.height, record.channels)?;
-        image.with_original_size(record.original_width as u32, record.original_height as u32)
+    /// Width and height.
+    pub fn size(&self) -> (usize, usize) {
+        (self.width, self.height)
+    }
+
+    /// The bytes: height x width x channels.
+    pub fn pixels(&self) -> &'a [u8] {
+        self.pixels
     }
 
     /// Width and height of the original.
@@ -77,7 +73,8 @@ impl<'a> Image<'a> {
         (self.original_width, self.original_height)
     }
 
-    fn channels(&self) -> usize {
+    /// 1 (grey) or 3 (red, green, blue).
+    pub fn channels(&self) -> usize {
         self.channels
     }
 

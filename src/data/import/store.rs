@@ -1,10 +1,11 @@
 //! How images are stored: the step from what a source holds to a record of the dataset file.
 
+use std::cell::RefCell;
 use std::fmt;
 use std::str::FromStr;
 
 use super::source::{Fault, Item, Source};
-use crate::data::decode::{Image, decode, stretch};
+use crate::data::decode::{Decoder, ImageRef, Resizer};
 use crate::data::format::{Codec, crc32c};
 use crate::data::writer::NewRecord;
 
@@ -50,30 +51,41 @@ impl fmt::Display for Store {
     }
 }
 
+/// What a thread keeps from one image to the next.
+#[derive(Default)]
+struct Scratch {
+    bytes: Vec<u8>,
+    decoder: Decoder,
+    resizer: Resizer,
+}
+
 /// Makes the record of image `i` of `source`.
 ///
 /// # Errors
 /// As [`Source::read`]; [`Fault::Bad`] when it cannot be decoded.
 pub fn record(source: &dyn Source, i: usize, store: Store) -> Result<NewRecord, Fault> {
-    let mut buffer = Vec::new();
-    let original = match source.read(i, &mut buffer)? {
-        Item::Encoded(bytes) => decode(bytes)?,
-        Item::Pixels { pixels, width, height, channels } => Image { pixels: pixels.to_vec(), width, height, channels },
-    };
-    let (original_width, original_height) = (original.width, original.height);
-    let image = match store {
-        Store::Native => original,
-        Store::Square(side) => stretch(original, side)?,
-    };
-    Ok(NewRecord {
-        crc: crc32c(&image.pixels),
-        bytes: image.pixels,
-        codec: Codec::Raw,
-        width: image.width,
-        height: image.height,
-        channels: image.channels,
-        original_width,
-        original_height,
-        label: source.label(i),
+    thread_local! {
+        static SCRATCH: RefCell<Scratch> = RefCell::default();
+    }
+    SCRATCH.with_borrow_mut(|scratch| {
+        let original = match source.read(i, &mut scratch.bytes)? {
+            Item::Encoded(bytes) => scratch.decoder.decode(bytes)?,
+            Item::Pixels { pixels, width, height, channels } => ImageRef { pixels, width, height, channels },
+        };
+        let image = match store {
+            Store::Native => original,
+            Store::Square(side) => scratch.resizer.resize(original, side, side)?,
+        };
+        Ok(NewRecord {
+            crc: crc32c(image.pixels),
+            bytes: image.pixels.to_vec(),
+            codec: Codec::Raw,
+            width: image.width,
+            height: image.height,
+            channels: image.channels,
+            original_width: original.width,
+            original_height: original.height,
+            label: source.label(i),
+        })
     })
 }

@@ -1,0 +1,156 @@
+//! Image files to 8-bit RGB. What a file is follows from its first bytes, never from its name. Nothing half-read is accepted:
+//! a file that ends early, or whose pixels would take an absurd amount of memory, is an error with the reason.
+//!
+//! As torchvision's loader does: alpha is dropped (unless [`Alpha`] says otherwise), grey becomes RGB, CMYK is converted, the
+//! EXIF orientation is ignored, and of an animation the first frame is taken. JPEG pixels are those of libjpeg-turbo, bit for
+//! bit; those of the lossless formats are what Pillow gives.
+
+mod jpeg;
+mod other;
+mod resize;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::str::FromStr;
+
+use image::ImageFormat;
+
+pub use self::resize::{RESIZER, Resizer};
+
+/// The largest image accepted, in pixels: larger ones are refused before memory is taken for them.
+pub const MAX_PIXELS: u64 = 100_000_000;
+
+/// Bytes of a file that [`sniff`] wants to see.
+pub const SNIFF_LEN: usize = 16;
+
+/// What decoded the images, for the meta text.
+pub const DECODER: &str = "libjpeg-turbo-rs 0.9, image 0.25";
+
+/// An image in memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// Height x width x channels bytes.
+    pub pixels: Vec<u8>,
+    /// Columns.
+    pub width: u16,
+    /// Rows.
+    pub height: u16,
+    /// 1 (grey) or 3 (RGB).
+    pub channels: u8,
+}
+
+/// An image whose pixels lie elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ImageRef<'a> {
+    /// Height x width x channels bytes.
+    pub pixels: &'a [u8],
+    /// Columns.
+    pub width: u16,
+    /// Rows.
+    pub height: u16,
+    /// 1 (grey) or 3 (RGB).
+    pub channels: u8,
+}
+
+impl ImageRef<'_> {
+    /// The same image with pixels of its own.
+    pub fn to_image(self) -> Image {
+        let ImageRef { pixels, width, height, channels } = self;
+        Image { pixels: pixels.to_vec(), width, height, channels }
+    }
+}
+
+/// What becomes of transparency.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Alpha {
+    /// The colours stay as they are, however transparent: what Pillow's `convert("RGB")` does, and so torchvision's loader.
+    #[default]
+    Drop,
+    /// The image lies on white.
+    White,
+    /// The image lies on black.
+    Black,
+}
+
+impl FromStr for Alpha {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Alpha, String> {
+        match text {
+            "drop" => Ok(Alpha::Drop),
+            "white" => Ok(Alpha::White),
+            "black" => Ok(Alpha::Black),
+            _ => Err("expected drop, white or black".into()),
+        }
+    }
+}
+
+/// How to decode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DecodeOptions {
+    /// What becomes of transparency.
+    pub alpha: Alpha,
+}
+
+/// Decodes images one after the other, and keeps its buffers: fresh memory for every image costs more than a resize.
+#[derive(Debug, Default)]
+pub struct Decoder {
+    options: DecodeOptions,
+    pixels: Vec<u8>,
+    /// Samples before they are RGB.
+    samples: Vec<u8>,
+}
+
+impl Decoder {
+    /// A decoder without buffers yet.
+    pub fn new(options: DecodeOptions) -> Decoder {
+        Decoder { options, ..Decoder::default() }
+    }
+
+    /// Decodes an image file to RGB.
+    ///
+    /// # Errors
+    /// The reason, as a clause without the name of the file.
+    pub fn decode(&mut self, bytes: &[u8]) -> Result<ImageRef<'_>, String> {
+        if bytes.is_empty() {
+            return Err("the file is empty".into());
+        }
+        let format = sniff(bytes).ok_or("not a JPEG, PNG, GIF, BMP, WebP or TIFF image")?;
+        let decoded = catch_unwind(AssertUnwindSafe(|| match format {
+            ImageFormat::Jpeg => jpeg::decode(bytes, &mut self.samples, &mut self.pixels),
+            other => other::decode(bytes, other, self.options.alpha, &mut self.samples, &mut self.pixels),
+        }));
+        let (width, height) =
+            decoded.unwrap_or_else(|_| Err("the decoder gave up on it (a fault inside the decoder)".into()))?;
+        if self.pixels.len() != usize::from(width) * usize::from(height) * 3 {
+            return Err(format!("{} bytes decoded for {width}x{height} RGB pixels", self.pixels.len()));
+        }
+        Ok(ImageRef { pixels: &self.pixels, width, height, channels: 3 })
+    }
+}
+
+/// The format of a file that starts with `head`, if it is one that [`Decoder`] reads.
+pub fn sniff(head: &[u8]) -> Option<ImageFormat> {
+    match head {
+        [0xff, 0xd8, 0xff, ..] => Some(ImageFormat::Jpeg),
+        [0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1a, b'\n', ..] => Some(ImageFormat::Png),
+        [b'G', b'I', b'F', b'8', b'7' | b'9', b'a', ..] => Some(ImageFormat::Gif),
+        [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => Some(ImageFormat::WebP),
+        [b'I', b'I', 42, 0, ..] | [b'M', b'M', 0, 42, ..] => Some(ImageFormat::Tiff),
+        // The reserved words keep a text that starts with "BM" out.
+        [b'B', b'M', _, _, _, _, 0, 0, 0, 0, ..] => Some(ImageFormat::Bmp),
+        _ => None,
+    }
+}
+
+/// The size as the caller wants it, if it is one that is accepted.
+fn check_size(width: u64, height: u64) -> Result<(u16, u16), String> {
+    if width == 0 || height == 0 {
+        return Err(format!("empty image: {width}x{height}"));
+    }
+    match (u16::try_from(width), u16::try_from(height)) {
+        (Ok(w), Ok(h)) if width * height <= MAX_PIXELS => Ok((w, h)),
+        _ => {
+            Err(format!("{width}x{height} pixels: more than {} million, or a side over 65535", MAX_PIXELS / 1_000_000))
+        }
+    }
+}
