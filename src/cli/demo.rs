@@ -268,6 +268,7 @@ fn prepare_split(source: &Path, split: &str, out: &Path) -> Result<Arc<Dataset>>
     let idx = Idx::open(&images, None, None)?;
     let options = Options {
         store: Store::Native,
+        decode: Default::default(),
         shuffle: Some(SEED),
         limit: None,
         threads: 1,

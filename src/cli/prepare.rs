@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::meter::Meter;
 use super::output::print;
+use crate::data::decode::{Alpha, DecodeOptions};
 use crate::data::import::folder::Folder;
 use crate::data::import::idx::{self, Idx, Split};
 use crate::data::import::{self, Options, Source, Store, Summary};
@@ -29,9 +30,13 @@ pub struct PrepareArgs {
     /// What SOURCE is.
     #[arg(long = "source", value_name = "KIND", value_enum, default_value_t = Kind::Auto)]
     source_kind: Kind,
-    /// Size to store: raw:SIDE stretches to SIDE x SIDE, raw keeps every size. Default: raw:256, for IDX raw.
-    #[arg(long, value_name = "raw:SIDE")]
+    /// Form to store: raw:SIDE stretches to SIDE x SIDE pixels, raw keeps every size; jpeg keeps JPEG files as they are, jpeg:SIDE
+    /// makes them smaller where the shorter side is longer. Default: raw:256, for IDX raw.
+    #[arg(long, value_name = "raw:SIDE|raw|jpeg:SIDE|jpeg")]
     store: Option<Store>,
+    /// Transparent pixels: drop keeps their colours as they are, white and black lay the image on that.
+    #[arg(long, value_name = "drop|white|black", default_value = "drop")]
+    alpha: Alpha,
     /// IDX labels file (default: the one beside the images).
     #[arg(long, value_name = "FILE")]
     labels: Option<PathBuf>,
@@ -144,6 +149,7 @@ fn write(source: &dyn Source, args: &PrepareArgs, default_store: Store) -> Resul
     let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
     let options = Options {
         store: args.store.unwrap_or(default_store),
+        decode: DecodeOptions { alpha: args.alpha },
         shuffle: (!args.no_shuffle).then_some(args.seed),
         limit: args.limit,
         threads: args.threads.unwrap_or_else(cores),

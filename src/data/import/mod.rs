@@ -13,7 +13,7 @@ use std::sync::mpsc::sync_channel;
 use self::source::Fault;
 pub use self::source::Source;
 pub use self::store::Store;
-use super::decode::{DECODER, RESIZER};
+use super::decode::DecodeOptions;
 use super::format::{Header, Meta, Rejected};
 use super::writer::Writer;
 use crate::error::{Error, Result};
@@ -30,6 +30,8 @@ const BAD_SHOWN: usize = 5;
 pub struct Options {
     /// Size of the stored images.
     pub store: Store,
+    /// How the images are decoded.
+    pub decode: DecodeOptions,
     /// Seed of the order; `None` keeps the order of the source.
     pub shuffle: Option<u64>,
     /// Takes only this many images, the first in the (shuffled) order.
@@ -67,7 +69,7 @@ pub fn prepare(source: &dyn Source, root: &Path, out: &Path, options: &Options, 
     let allowed = order.len() as f64 * options.max_bad / 100.0;
     let mut writer = Writer::create(out, options.store.alignment(), options.force)?;
     let mut rejected: Vec<(u32, Rejected)> = Vec::new();
-    let make = |i: u32| store::record(source, i as usize, options.store);
+    let make = |i: u32| store::record(source, i as usize, options.store, options.decode);
     in_order(&order, options, make, |place, i, outcome| {
         match outcome {
             Ok(record) => writer.append(&record)?,
@@ -95,8 +97,8 @@ pub fn prepare(source: &dyn Source, root: &Path, out: &Path, options: &Options, 
         classes: source.classes().to_vec(),
         source: source.kind().into(),
         store: options.store.to_string(),
-        decoder: DECODER.into(),
-        resizer: RESIZER.into(),
+        decoder: options.decode.to_string(),
+        resizer: options.store.made_with(),
         writer: format!("simsiam-engine {}", env!("CARGO_PKG_VERSION")),
         rejected: rejected.clone(),
     };
