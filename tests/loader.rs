@@ -59,9 +59,19 @@ fn bench_tells_it_in_words_too() {
     let data = common::fashion(folder.path(), "train", 300);
     let args = ["bench", "loader", data.to_str().unwrap(), "--augment", "none", "--seconds", "0.2", "--warm-up", "0"];
     let text = succeed(&args);
-    for line in
-        ["data", "machine", "speed", "consumer", "workers", "  read", "  decode", "  copy", "memory", "bottleneck"]
-    {
+    for line in [
+        "data",
+        "machine",
+        "speed",
+        "records",
+        "consumer",
+        "workers",
+        "  read",
+        "  decode",
+        "  copy",
+        "memory",
+        "bottleneck",
+    ] {
         assert!(text.lines().any(|l| l.starts_with(line)), "{line} is missing:\n{text}");
     }
 }
@@ -85,6 +95,11 @@ fn bench_says_what_is_wrong() {
         let message = fail(&args);
         assert!(message.contains(expected), "{options}: {message}");
     }
+    // As large as no memory is, without taking space on the disk.
+    let huge = folder.path().join("huge.ssds");
+    fs::File::create(&huge).unwrap().set_len(1 << 43).unwrap();
+    let message = fail(&["bench", "loader", huge.to_str().unwrap(), "--io", "memory"]);
+    assert!(message.contains("huge.ssds of 8796093 MB does not fit into memory; hint: --io map"), "{message}");
     // A damaged record stops it.
     let mut bytes = fs::read(data).unwrap();
     bytes[4096 + 20] ^= 4;

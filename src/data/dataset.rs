@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::format::{Entry, Header};
 use super::manifest::{Manifest, ShardRef};
-use super::mapped::Access;
+use super::mapped::{Access, check_fits};
 use super::shard::{Record, Shard};
 use crate::error::{Error, Result};
 
@@ -44,7 +44,12 @@ impl Dataset {
     }
 
     fn of_manifest(path: &Path, manifest: Manifest, access: Access) -> Result<Dataset> {
-        let access = access.resolve(manifest.shards.iter().fold(0, |sum, shard| shard.bytes.saturating_add(sum)));
+        let bytes = manifest.shards.iter().fold(0, |sum, shard| shard.bytes.saturating_add(sum));
+        let access = access.resolve(bytes);
+        if access == Access::Memory {
+            // All of it, before the first shard is read.
+            check_fits(path, bytes)?;
+        }
         let mut starts = vec![0];
         let mut shards = Vec::with_capacity(manifest.shards.len());
         for (i, expected) in manifest.shards.iter().enumerate() {
@@ -109,6 +114,11 @@ impl Dataset {
     /// The files the records lie in, at least one.
     pub fn shards(&self) -> &[Shard] {
         &self.shards
+    }
+
+    /// How the bytes are reached: what [`Access::Auto`] came to, where it was asked for.
+    pub fn access(&self) -> Access {
+        self.shards[0].access()
     }
 
     /// Bytes of all files.

@@ -96,6 +96,15 @@ impl FileBytes {
         &self.path
     }
 
+    /// How the bytes are reached, which is never [`Access::Auto`].
+    pub fn access(&self) -> Access {
+        match self.content {
+            Content::Map(_) => Access::Map,
+            Content::Pread(_) => Access::Pread,
+            Content::Memory(_) => Access::Memory,
+        }
+    }
+
     /// Bytes of the file when it was opened.
     pub fn size(&self) -> u64 {
         self.len
@@ -156,12 +165,27 @@ impl FileBytes {
     }
 }
 
+/// Fails when `bytes` bytes of data cannot be held in memory.
+///
+/// # Errors
+/// [`Error::Unsupported`] naming `path`.
+pub fn check_fits(path: &Path, bytes: u64) -> Result<()> {
+    match available_memory() {
+        Some(free) if bytes > free => Err(does_not_fit(path, bytes)),
+        _ => Ok(()),
+    }
+}
+
+fn does_not_fit(path: &Path, bytes: u64) -> Error {
+    let what = format!("{} of {} MB does not fit into memory", path.display(), bytes / 1_000_000);
+    Error::Unsupported { what, hint: Some("--io map reads it from the disk".into()) }
+}
+
 fn read_whole(mut file: &File, path: &Path, len: u64) -> Result<Vec<u8>> {
+    check_fits(path, len)?;
     let mut bytes = Vec::new();
-    let fits = available_memory().is_none_or(|free| len <= free);
-    if !fits || usize::try_from(len).is_ok_and(|len| bytes.try_reserve_exact(len).is_err()) {
-        let what = format!("{} of {} MB does not fit into memory", path.display(), len / 1_000_000);
-        return Err(Error::Unsupported { what, hint: Some("--io map reads it from the disk".into()) });
+    if usize::try_from(len).is_ok_and(|len| bytes.try_reserve_exact(len).is_err()) {
+        return Err(does_not_fit(path, len));
     }
     file.read_to_end(&mut bytes).map_err(Error::io("read", path))?;
     if bytes.len() as u64 != len {

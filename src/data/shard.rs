@@ -122,6 +122,11 @@ impl Shard {
         self.bytes.path()
     }
 
+    /// How its bytes are reached.
+    pub fn access(&self) -> Access {
+        self.bytes.access()
+    }
+
     /// The header.
     pub fn header(&self) -> &Header {
         &self.header

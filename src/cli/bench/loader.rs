@@ -267,7 +267,7 @@ impl Bottleneck {
             Bottleneck::Memory => {
                 "fetching and checking records that lie in memory; more --workers help, up to the cores"
             }
-            Bottleneck::Decode => "decoding JPEG; more cores help, or pixels stored raw (`prepare --store raw256`)",
+            Bottleneck::Decode => "decoding JPEG; more cores help, or pixels stored raw (`prepare --store raw:256`)",
             Bottleneck::Augment => "making views on the CPU; more cores help, or a device that makes them",
             Bottleneck::Copy => "copying pixels into the batch; more --workers help, up to the cores",
         }
@@ -330,44 +330,47 @@ impl Report<'_> {
     }
 
     fn print(&self, out: &mut dyn Write) -> io::Result<()> {
-        let Report { args, dataset, measured, .. } = self;
-        let access = args.io.resolve(dataset.bytes());
-        let images = HumanCount(dataset.len() as u64);
-        let mut row = |label: &str, text: String| writeln!(out, "{label:<12}{text}");
-        row(
-            "data",
-            format!("{}: {images} images, {}, {access:?}", dataset.path().display(), HumanBytes(dataset.bytes())),
-        )?;
+        let Report { args, dataset, .. } = self;
+        let (path, images, bytes) =
+            (dataset.path().display(), HumanCount(dataset.len() as u64), HumanBytes(dataset.bytes()));
+        row(out, "data", format!("{path}: {images} images, {bytes}, {}", self.access()))?;
         let cpu = machine::cpu_name().unwrap_or_else(|| "unknown processor".into());
-        row("machine", format!("{cpu}, {} cores; {} workers", machine::cores(), args.ranks * args.workers()))?;
-        let (speed, bytes) = (self.images_per_s(), self.megabytes_per_s(measured.work.bytes));
-        let disk = measured.from_storage.map_or("unknown".into(), |b| format!("{:.0} MB/s", self.megabytes_per_s(b)));
-        row(
-            "speed",
-            format!(
-                "{speed:.0} images/s, {:.0} views/s, {bytes:.0} MB/s of records, {disk} of them from disk",
-                2.0 * speed
-            ),
-        )?;
-        let consumer = args.consume.map_or("takes batches at once".into(), |rate| format!("takes {rate} images/s"));
-        row("consumer", format!("{consumer}, waits for {:.1} % of its time", 100.0 * self.wait_share()))?;
-        row("workers", format!("busy for {:.0} % of their time", 100.0 * self.busy_share()))?;
-        for (name, time, _) in self.stages() {
-            row(
-                &format!("  {name}"),
-                format!("{:>8.1} us an image, {:>5.1} %", self.us_per_image(time), 100.0 * self.share(time)),
-            )?;
-        }
+        row(out, "machine", format!("{cpu}, {} cores; {} workers", machine::cores(), args.ranks * args.workers()))?;
+        self.print_speed(out)?;
+        self.print_work(out)?;
         if let Some(peak) = machine::peak_memory() {
-            row(
-                "memory",
-                format!("peak {} of its own, {} with file cache", HumanBytes(self.peak_anonymous), HumanBytes(peak)),
-            )?;
+            let (own, peak) = (HumanBytes(self.peak_anonymous), HumanBytes(peak));
+            row(out, "memory", format!("peak {own} of its own, {peak} with mapped files"))?;
         }
         let bottleneck = self.bottleneck();
         let needed = self.workers_needed().filter(|_| bottleneck != Bottleneck::Consumer);
         let needed = needed.map_or(String::new(), |n| format!("; {n:.1} such workers would be needed"));
-        row("bottleneck", format!("{}: {}{needed}", bottleneck.name(), bottleneck.advice()))
+        row(out, "bottleneck", format!("{}: {}{needed}", bottleneck.name(), bottleneck.advice()))
+    }
+
+    fn print_speed(&self, out: &mut dyn Write) -> io::Result<()> {
+        let speed = self.images_per_s();
+        row(out, "speed", format!("{speed:.0} images/s, {:.0} views/s", 2.0 * speed))?;
+        let records = self.megabytes_per_s(self.measured.work.bytes);
+        let disk =
+            self.measured.from_storage.map(|bytes| format!(", {:.0} MB/s from the disk", self.megabytes_per_s(bytes)));
+        row(out, "records", format!("{records:.0} MB/s{}", disk.unwrap_or_default()))?;
+        let consumer =
+            self.args.consume.map_or("takes batches at once".into(), |rate| format!("takes {rate} images/s"));
+        row(out, "consumer", format!("{consumer}, waits for {:.1} % of its time", 100.0 * self.wait_share()))
+    }
+
+    fn print_work(&self, out: &mut dyn Write) -> io::Result<()> {
+        row(out, "workers", format!("busy for {:.0} % of their time", 100.0 * self.busy_share()))?;
+        self.stages().into_iter().try_for_each(|(name, time, _)| {
+            let (us, share) = (self.us_per_image(time), 100.0 * self.share(time));
+            row(out, &format!("  {name}"), format!("{us:>8.1} us an image, {share:>5.1} %"))
+        })
+    }
+
+    /// How records are read, as the option is typed.
+    fn access(&self) -> String {
+        format!("{:?}", self.dataset.access()).to_lowercase()
     }
 
     fn json(&self) -> serde_json::Value {
@@ -382,7 +385,7 @@ impl Report<'_> {
             "batch": args.batch,
             "ranks": args.ranks,
             "workers_per_rank": args.workers(),
-            "io": args.io.resolve(dataset.bytes()),
+            "io": self.access(),
             "shuffle_window": args.shuffle_window,
             "augment": format!("{:?}", args.augment).to_lowercase(),
             "consume": args.consume,
@@ -402,4 +405,8 @@ impl Report<'_> {
             "machine": { "cpu": machine::cpu_name(), "cores": machine::cores() },
         })
     }
+}
+
+fn row(out: &mut dyn Write, label: &str, text: String) -> io::Result<()> {
+    writeln!(out, "{label:<12}{text}")
 }
