@@ -7,8 +7,9 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use common::{fail, run, succeed};
-use simsiam_engine::data::decode::decode;
+use common::{fail, run, scratch, succeed};
+use simsiam_engine::data::dataset::Dataset;
+use simsiam_engine::data::decode::Decoder;
 use simsiam_engine::data::import::Source;
 use simsiam_engine::data::import::cifar::Cifar;
 use simsiam_engine::data::import::detect::{Kind, detect};
@@ -17,7 +18,6 @@ use simsiam_engine::data::import::idx::Idx;
 use simsiam_engine::data::import::select::{Split, Subset};
 use simsiam_engine::data::import::source::{Fault, Item};
 use simsiam_engine::data::import::webdataset::{Fields, WebDataset};
-use simsiam_engine::data::mapped::Dataset;
 use simsiam_engine::error::Error;
 use tempfile::TempDir;
 
@@ -56,8 +56,9 @@ fn digest_of(item: Item) -> Result<String, Fault> {
             Ok(digest(width.into(), height.into(), channels.into(), pixels))
         }
         Item::Encoded(bytes) => {
-            let image = decode(bytes)?;
-            Ok(digest(image.width.into(), image.height.into(), image.channels.into(), &image.pixels))
+            let mut decoder = Decoder::default();
+            let image = decoder.decode(bytes)?;
+            Ok(digest(image.width.into(), image.height.into(), image.channels.into(), image.pixels))
         }
     }
 }
@@ -413,8 +414,8 @@ fn check_dataset(dataset: &Dataset, name: &str) {
     assert_eq!(dataset.classes(), classes, "{name}");
     assert_eq!(dataset.len(), pixels.len(), "{name}");
     for (i, (pixels, label)) in pixels.iter().zip(labels).enumerate() {
-        let record = dataset.record(i).unwrap();
-        assert_eq!(&digest(record.width, record.height, record.channels, record.pixels), pixels, "{name} {i}");
+        let record = dataset.record(i, scratch()).unwrap();
+        assert_eq!(&digest(record.width, record.height, record.channels, record.bytes), pixels, "{name} {i}");
         assert_eq!(record.label, label, "{name} {i}");
     }
 }
@@ -491,8 +492,8 @@ fn classes_are_chosen_and_named() {
         assert_eq!(dataset.classes(), ["wolf", "ant"]);
         let labels: Vec<_> = (0..dataset.len()).map(|i| dataset.label(i).unwrap().unwrap()).collect();
         assert_eq!(labels, [0, 1, 0, 1, 0]);
-        let record = dataset.record(3).unwrap();
-        let pixels = digest(record.width, record.height, record.channels, record.pixels);
+        let record = dataset.record(3, scratch()).unwrap();
+        let pixels = digest(record.width, record.height, record.channels, record.bytes);
         assert_eq!(pixels, expected("shards").0[4]);
     }
     for (option, expected) in [
