@@ -11,6 +11,7 @@ pub mod loader;
 pub mod manifest;
 pub mod mapped;
 pub mod order;
+pub mod quiet;
 pub mod reader;
 mod resume;
 pub mod shard;

@@ -159,8 +159,8 @@ fn kind_of_name(name: &str) -> Option<Kind> {
     if name.starts_with('.') {
         return None;
     }
-    let tests: [(Kind, fn(&str) -> bool); 5] = [
-        (Kind::Idx, idx::is_images_name),
+    let tests = [
+        (Kind::Idx, idx::is_images_name as fn(&str) -> bool),
         (Kind::Cifar, cifar::is_cifar_name),
         (Kind::Webdataset, is_tar_name),
         (Kind::Parquet, is_parquet_name),

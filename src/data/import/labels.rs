@@ -84,11 +84,6 @@ impl Labels {
         Some(self.labels[i]).filter(|&label| label != NONE)
     }
 
-    /// Whether a number is out of reach of `classes` names.
-    pub fn highest(&self) -> Option<u32> {
-        self.highest
-    }
-
     /// Gives names their final numbers, in the order of the alphabet, and returns the classes. Numbers up to the highest
     /// are classes of that name.
     pub fn finish(&mut self) -> Vec<String> {

@@ -2,7 +2,6 @@
 //! compressed column cannot be read one by one, so all are unpacked once, in order, to a temporary file.
 
 use std::collections::HashMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -23,6 +22,7 @@ use super::parquet_guard::{check_footer, check_page, delta_count};
 use super::select::{Split, shards};
 use super::source::{Fault, Item, Source};
 use super::spool::Spool;
+use crate::data::quiet::contain;
 use crate::error::{Error, Result};
 
 /// Rows that are read at a time.
@@ -88,8 +88,8 @@ impl Parquet {
         };
         for path in &paths {
             // The crate is careful, but what it makes of a damaged file is not ours to promise.
-            let added = catch_unwind(AssertUnwindSafe(|| set.add_file(path)));
-            added.unwrap_or_else(|_| Err(damaged(path, "the Parquet decoder gave up on it (a fault inside it)")))?;
+            let added = contain(|| set.add_file(path));
+            added.unwrap_or_else(|| Err(damaged(path, "the Parquet decoder gave up on it (a fault inside it)")))?;
         }
         if set.places.is_empty() {
             return Err(Error::format(source, None, "holds no rows"));

@@ -37,7 +37,7 @@ pub fn check_footer(bytes: &[u8]) -> Result<(), String> {
                 return None;
             }
             reader.structure(1, &mut |reader, id, kind| match (id, kind) {
-                (5, I32) => Some(children = reader.int()?),
+                (5, I32) => reader.int().map(|value| children = value),
                 _ => reader.skip(kind, 2),
             })?;
             if children < 0 || children as u64 > count {
@@ -62,11 +62,11 @@ pub fn check_page(bytes: &[u8]) -> Result<(), String> {
     let (mut packed, mut unpacked, mut values, mut dictionary) = (0, 0, 0, 0);
     let mut reader = Compact { bytes, at: 0 };
     let read = reader.structure(0, &mut |reader, id, kind| match (id, kind) {
-        (2, I32) => Some(unpacked = reader.int()?),
-        (3, I32) => Some(packed = reader.int()?),
+        (2, I32) => reader.int().map(|value| unpacked = value),
+        (3, I32) => reader.int().map(|value| packed = value),
         (5 | 7 | 8, STRUCT) => reader.structure(1, &mut |reader, inner, kind| match (inner, kind) {
-            (1, I32) if id == 7 => Some(dictionary = reader.int()?),
-            (1, I32) => Some(values = reader.int()?),
+            (1, I32) if id == 7 => reader.int().map(|value| dictionary = value),
+            (1, I32) => reader.int().map(|value| values = value),
             _ => reader.skip(kind, 2),
         }),
         _ => reader.skip(kind, 1),
@@ -182,5 +182,55 @@ impl<'a> Compact<'a> {
 
     fn skip_element(&mut self, kind: u8, depth: u32) -> Option<()> {
         if matches!(kind, 1 | 2) { self.pass(1) } else { self.skip(kind, depth) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A data page: its sizes, and the number of its values in the structure of field 5.
+    fn page(unpacked: i64, packed: i64, values: i64) -> Vec<u8> {
+        let mut bytes = vec![0x15, 0];
+        for (head, value) in [(0x15, unpacked), (0x15, packed), (0x2c, i64::MIN), (0x15, values)] {
+            bytes.push(head);
+            if value != i64::MIN {
+                let mut zigzag = ((value << 1) ^ (value >> 63)) as u64;
+                while zigzag > 0x7f {
+                    bytes.push(zigzag as u8 | 0x80);
+                    zigzag >>= 7;
+                }
+                bytes.push(zigzag as u8);
+            }
+        }
+        bytes.extend([0, 0]);
+        bytes
+    }
+
+    #[test]
+    fn pages_that_would_take_much_memory_are_refused() {
+        assert_eq!(check_page(&page(70_000, 60_000, 64)), Ok(()));
+        assert_eq!(check_page(&page(1 << 30, 1 << 29, 64)), Ok(()));
+        assert!(
+            check_page(&page(1 << 30, 1000, 64)).unwrap_err().contains("a page of 1000 bytes that would unpack to")
+        );
+        assert!(check_page(&page(-1, 10, 1)).unwrap_err().contains("unpack to -1"));
+        assert!(check_page(&page(100, 100, 1 << 30)).unwrap_err().contains("with 1073741824 values"));
+        let whole = page(70_000, 60_000, 64);
+        for len in 0..whole.len() {
+            assert!(check_page(&whole[..len]).unwrap_err().contains("breaks off"));
+        }
+    }
+
+    #[test]
+    fn a_schema_is_not_larger_than_it_is() {
+        // Field 2, a list of one structure, whose field 5 says that it has so many columns.
+        let footer = |children: u8| [0x29, 0x1c, 0x55, children, 0, 0];
+        assert_eq!(check_footer(&footer(2)), Ok(()));
+        assert_eq!(check_footer(&footer(4)).unwrap_err(), "a column of 2 columns in a schema of 1");
+        assert_eq!(check_footer(&footer(3)).unwrap_err(), "a column of -2 columns in a schema of 1");
+        assert!(check_footer(&[0x29, 0xfc, 0xff, 0xff, 0x03]).unwrap_err().contains("break off"));
+        // Structures in structures, without end.
+        assert!(check_footer(&[0x3c; 4000]).is_err());
     }
 }
