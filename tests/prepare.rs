@@ -230,7 +230,10 @@ fn unusable_folders_and_outputs_are_named() {
     place.fails(&["pics", "empty"], "empty: is a folder; the output is one file");
     place.fails(&["pics", "out.ssds", "--limit", "0"], "--limit: must be at least 1");
     place.fails(&["pics", "out.ssds", "--max-bad", "101"], "--max-bad: 101 is not a percentage");
-    place.fails(&["pics", "out.ssds", "--split", "train"], "are for IDX files");
+    place.fails(
+        &["pics", "out.ssds", "--split", "train"],
+        "pics has no train split; hint: expected a folder train in it",
+    );
     std::os::unix::fs::symlink("..", place.at("pics/class0/up")).unwrap();
     place.fails(&["pics", "out.ssds"], "links back to a folder it lies in");
 }
@@ -294,7 +297,7 @@ fn broken_idx_files_are_named_with_the_place() {
     let good = idx_images();
     let try_images = |bytes: &[u8], expected: &str| {
         place.write("images", bytes);
-        place.fails(&["images", "out.ssds"], &format!("images{expected}"));
+        place.fails(&["images", "out.ssds", "--source", "idx"], &format!("images{expected}"));
     };
     try_images(b"", ", byte 0: ends 16 bytes early");
     try_images(&good[..9], ", byte 9: ends 7 bytes early");

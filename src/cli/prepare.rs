@@ -11,6 +11,7 @@ use super::meter::Meter;
 use super::output::print;
 use super::source_args::{SourceArgs, default_store};
 use crate::atomic::write_atomic;
+use crate::data::decode::{Alpha, DecodeOptions};
 use crate::data::import::{self, Options, Source, Store, Summary};
 use crate::data::writer::{is_unfinished, refuse_existing};
 use crate::error::{Error, Result};
@@ -26,9 +27,13 @@ pub struct PrepareArgs {
     out: PathBuf,
     #[command(flatten)]
     source_args: SourceArgs,
-    /// Size to store: raw:SIDE stretches to SIDE x SIDE, raw keeps every size. Default: raw:256, for IDX and CIFAR raw.
-    #[arg(long, value_name = "raw:SIDE")]
+    /// Form to store: raw:SIDE stretches to SIDE x SIDE pixels, raw keeps every size; jpeg keeps JPEG files as they are, jpeg:SIDE
+    /// makes them smaller where the shorter side is longer. Default: raw:256, for IDX and CIFAR raw.
+    #[arg(long, value_name = "raw:SIDE|raw|jpeg:SIDE|jpeg")]
     store: Option<Store>,
+    /// Transparent pixels: drop keeps their colours as they are, white and black lay the image on that.
+    #[arg(long, value_name = "drop|white|black", default_value = "drop")]
+    alpha: Alpha,
     /// Take at most this many images (the first of the shuffled order).
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
@@ -89,6 +94,7 @@ fn write(source: &dyn Source, args: &PrepareArgs, default_store: Store) -> Resul
     let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
     let options = Options {
         store: args.store.unwrap_or(default_store),
+        decode: DecodeOptions { alpha: args.alpha },
         shuffle: (!args.no_shuffle).then_some(args.seed),
         limit: args.limit,
         threads: args.threads.unwrap_or_else(cores),

@@ -1,22 +1,35 @@
 //! JPEG files: every pixel as libjpeg-turbo gives it, and nothing that was cut short.
 
-use libjpeg_turbo_rs::{DecodeLimits, Decoder, PixelFormat};
+use libjpeg_turbo_rs::{DecodeLimits, Decoder, JpegError, PixelFormat};
 
 use super::{MAX_PIXELS, check_size};
 
 /// Scans in one file. Encoders write about ten; each costs a pass over the picture.
-const MAX_SCANS: usize = 500;
+const MAX_SCANS: usize = 200;
+
+/// Pixels to a byte at most: a block of 64 (at odd samplings 128) takes a bit or more in some scan.
+const MOST_PIXELS: u64 = 8 * 128;
+
+const CUT: &str = "the file is truncated (it lacks the end-of-image marker)";
 
 /// Decodes to RGB in `pixels`, and returns the size.
 pub fn decode(bytes: &[u8], samples: &mut Vec<u8>, pixels: &mut Vec<u8>) -> Result<(u16, u16), String> {
-    check_structure(bytes).map_err(|what| format!("JPEG: {what}"))?;
-    let reason = |e: libjpeg_turbo_rs::JpegError| format!("JPEG: {e}");
+    decode_checked(bytes, samples, pixels).map_err(|what| format!("JPEG: {what}"))
+}
+
+fn decode_checked(bytes: &[u8], samples: &mut Vec<u8>, pixels: &mut Vec<u8>) -> Result<(u16, u16), String> {
+    // What comes behind the end (trailers of cameras and phones) is no part of the picture.
+    let bytes = &bytes[..complete_len(bytes)?];
+    let reason = |e: JpegError| e.to_string();
     let limits = DecodeLimits { max_pixels: MAX_PIXELS, max_scans: MAX_SCANS, ..DecodeLimits::default() };
     let mut decoder = Decoder::new_with_limits(bytes, limits).map_err(reason)?;
     let frame = decoder.header();
-    let size = check_size(frame.width.into(), frame.height.into())?;
+    let size = check_size(frame.width.into(), frame.height.into(), bytes.len(), Some(MOST_PIXELS))?;
     if frame.precision != 8 || frame.is_lossless {
-        return Err("JPEG: not of 8 bits a sample, or of the lossless kind".into());
+        return Err("not of 8 bits a sample, or of the lossless kind".into());
+    }
+    if decoder.is_arithmetic() {
+        return Err("arithmetic coding, in which a cut file cannot be told from a whole one".into());
     }
     match frame.components.len() {
         1 | 3 => {
@@ -28,19 +41,18 @@ pub fn decode(bytes: &[u8], samples: &mut Vec<u8>, pixels: &mut Vec<u8>) -> Resu
             decode_into(&decoder, samples).map_err(reason)?;
             cmyk_to_rgb(samples, pixels);
         }
-        n => return Err(format!("JPEG: {n} components a pixel, expected 1, 3 or 4")),
+        n => return Err(format!("{n} components a pixel, expected 1, 3 or 4")),
     }
     Ok(size)
 }
 
-fn decode_into(decoder: &Decoder, out: &mut Vec<u8>) -> Result<(), libjpeg_turbo_rs::JpegError> {
+fn decode_into(decoder: &Decoder, out: &mut Vec<u8>) -> Result<(), JpegError> {
     out.resize(decoder.output_buffer_size()?, 0);
     decoder.decode_image_into(out)?;
     Ok(())
 }
 
-/// As Pillow does it: the samples are taken as inverted (so Adobe writes them), and what the black plate leaves is shared
-/// by the inks.
+/// As Pillow does it: the samples are taken as inverted (so Adobe writes them), and black darkens what the inks leave.
 fn cmyk_to_rgb(samples: &[u8], pixels: &mut Vec<u8>) {
     pixels.clear();
     pixels.extend(samples.chunks_exact(4).flat_map(|cmyk| {
@@ -52,30 +64,93 @@ fn cmyk_to_rgb(samples: &[u8], pixels: &mut Vec<u8>) {
     }));
 }
 
-/// Walks the segments up to the end-of-image marker. A decoder stops at what it can use; only the whole walk tells a
-/// complete file from a cut one.
-fn check_structure(bytes: &[u8]) -> Result<(), &'static str> {
-    const CUT: &str = "the file is truncated (it lacks the end-of-image marker)";
-    let mut at = 2;
-    while let Some(&[first, marker]) = bytes.get(at..at + 2) {
-        match marker {
-            // Stray bytes between segments are for the decoder to judge.
-            _ if first != 0xff => at += 1,
-            0xd9 => return Ok(()),
-            // A fill byte.
-            0xff => at += 1,
-            // Markers that stand alone: TEM and restarts.
-            0x01 | 0xd0..=0xd7 => at += 2,
-            _ => {
-                let &[high, low] = bytes.get(at + 2..at + 4).ok_or(CUT)? else { return Err(CUT) };
-                at += 2 + usize::from(u16::from_be_bytes([high, low]));
-                if marker == 0xda {
-                    at += scan_len(bytes.get(at..).ok_or(CUT)?);
-                }
+/// Whether a JPEG file is grey, by its frame header.
+pub fn is_grey(bytes: &[u8]) -> bool {
+    let mut segments = Segments { bytes, at: 2 };
+    let frame = std::iter::from_fn(|| segments.next()).find(|segment| segment.is_frame());
+    frame.is_some_and(|frame| frame.body.get(5) == Some(&1))
+}
+
+/// Bytes of the file up to its end, if the scans before it give every coefficient in every bit. A decoder shows what it has:
+/// only this tells a complete file from one that was cut between two scans.
+fn complete_len(bytes: &[u8]) -> Result<usize, &'static str> {
+    let mut segments = Segments { bytes, at: 2 };
+    // For each component its name, and the bits that each coefficient still lacks.
+    let mut lacking: Vec<(u8, [u8; 64])> = Vec::new();
+    let mut progressive = false;
+    while let Some(segment) = segments.next() {
+        if segment.is_frame() {
+            progressive = matches!(segment.marker, 0xc2 | 0xca);
+            let names = segment.body.get(6..).unwrap_or_default().chunks_exact(3).map(|component| component[0]);
+            lacking = names.map(|name| (name, [u8::MAX; 64])).collect();
+        } else if segment.marker == 0xda {
+            let (names, spectrum) = segment.scan().ok_or("a scan header is too short")?;
+            let (first, last, low) = if progressive { spectrum } else { (0, 63, 0) };
+            for (_, bits) in lacking.iter_mut().filter(|(name, _)| names.clone().any(|n| n == *name)) {
+                bits.iter_mut().take(last + 1).skip(first).for_each(|bit| *bit = low);
             }
+        } else if segment.marker == 0xd9 {
+            let complete = lacking.iter().all(|(_, bits)| bits.iter().all(|&low| low == 0));
+            return if complete { Ok(segments.at) } else { Err("the file is truncated (its last scans are missing)") };
         }
     }
     Err(CUT)
+}
+
+/// A marker and what its length field spans.
+struct Segment<'a> {
+    marker: u8,
+    body: &'a [u8],
+}
+
+impl<'a> Segment<'a> {
+    fn is_frame(&self) -> bool {
+        matches!(self.marker, 0xc0..=0xcf) && !matches!(self.marker, 0xc4 | 0xc8 | 0xcc)
+    }
+
+    /// Of a scan header: names of the components, and first coefficient, last coefficient and lowest bit.
+    fn scan(&self) -> Option<(impl Iterator<Item = u8> + Clone + use<'a>, (usize, usize, u8))> {
+        let (&count, rest) = self.body.split_first()?;
+        let (components, spectrum) = rest.split_at_checked(2 * usize::from(count))?;
+        let &[first, last, approximation, ..] = spectrum else { return None };
+        Some((components.iter().step_by(2).copied(), (first.into(), last.into(), approximation & 15)))
+    }
+}
+
+/// Walks over the segments of a file, and over the entropy-coded data behind each scan header.
+struct Segments<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Segments<'a> {
+    fn next(&mut self) -> Option<Segment<'a>> {
+        loop {
+            let &[first, marker] = self.bytes.get(self.at..self.at + 2)? else { return None };
+            match marker {
+                // Stray bytes between segments are for the decoder to judge; 0xff may fill up before a marker.
+                _ if first != 0xff || marker == 0xff => self.at += 1,
+                // Markers that stand alone: TEM, restarts, the start of an image.
+                0x01 | 0xd0..=0xd8 => self.at += 2,
+                0xd9 => {
+                    self.at += 2;
+                    return Some(Segment { marker, body: &[] });
+                }
+                _ => return self.long(marker),
+            }
+        }
+    }
+
+    fn long(&mut self, marker: u8) -> Option<Segment<'a>> {
+        let len = self.bytes.get(self.at + 2..self.at + 4)?;
+        let end = self.at + 2 + usize::from(u16::from_be_bytes([len[0], len[1]]));
+        let body = self.bytes.get(self.at + 4..end)?;
+        self.at = end;
+        if marker == 0xda {
+            self.at += scan_len(&self.bytes[end..]);
+        }
+        Some(Segment { marker, body })
+    }
 }
 
 /// Bytes of entropy-coded data before the next marker that is no restart.

@@ -3,27 +3,35 @@
 //!
 //! As torchvision's loader does: alpha is dropped (unless [`Alpha`] says otherwise), grey becomes RGB, CMYK is converted, the
 //! EXIF orientation is ignored, and of an animation the first frame is taken. JPEG pixels are those of libjpeg-turbo, bit for
-//! bit; those of the lossless formats are what Pillow gives.
+//! bit; those of the lossless formats are what Pillow gives, but that 16-bit grey keeps its high byte (Pillow makes nearly all
+//! of it white).
 
+mod gif;
 mod jpeg;
 mod other;
 mod resize;
 
+use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::str::FromStr;
 
 use image::ImageFormat;
 
+pub use self::jpeg::is_grey as is_grey_jpeg;
 pub use self::resize::{RESIZER, Resizer};
 
 /// The largest image accepted, in pixels: larger ones are refused before memory is taken for them.
 pub const MAX_PIXELS: u64 = 100_000_000;
 
+/// Where a format sets no limit to what a byte can stand for (as lossless WebP, where a picture of one colour takes no data),
+/// images up to this size are taken as they come.
+const FREE_PIXELS: u64 = 16_000_000;
+
+/// And beyond it, this many pixels to a byte: deflate's maximum of 1032:1, on pixels of one bit.
+const EASY_PIXELS: u64 = 1032 * 8;
+
 /// Bytes of a file that [`sniff`] wants to see.
 pub const SNIFF_LEN: usize = 16;
-
-/// What decoded the images, for the meta text.
-pub const DECODER: &str = "libjpeg-turbo-rs 0.9, image 0.25";
 
 /// An image in memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -91,6 +99,18 @@ pub struct DecodeOptions {
     pub alpha: Alpha,
 }
 
+/// What decodes images, with versions, and what it does to them: for the meta text.
+impl fmt::Display for DecodeOptions {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "libjpeg-turbo-rs 0.9, gif 0.14, image 0.25")?;
+        match self.alpha {
+            Alpha::Drop => Ok(()),
+            Alpha::White => write!(f, "; transparency over white"),
+            Alpha::Black => write!(f, "; transparency over black"),
+        }
+    }
+}
+
 /// Decodes images one after the other, and keeps its buffers: fresh memory for every image costs more than a resize.
 #[derive(Debug, Default)]
 pub struct Decoder {
@@ -117,6 +137,7 @@ impl Decoder {
         let format = sniff(bytes).ok_or("not a JPEG, PNG, GIF, BMP, WebP or TIFF image")?;
         let decoded = catch_unwind(AssertUnwindSafe(|| match format {
             ImageFormat::Jpeg => jpeg::decode(bytes, &mut self.samples, &mut self.pixels),
+            ImageFormat::Gif => gif::decode(bytes, self.options.alpha, &mut self.samples, &mut self.pixels),
             other => other::decode(bytes, other, self.options.alpha, &mut self.samples, &mut self.pixels),
         }));
         let (width, height) =
@@ -142,15 +163,19 @@ pub fn sniff(head: &[u8]) -> Option<ImageFormat> {
     }
 }
 
-/// The size as the caller wants it, if it is one that is accepted.
-fn check_size(width: u64, height: u64) -> Result<(u16, u16), String> {
+/// The size as the caller wants it, if it is one that is accepted. A byte of the file holds at most `most` pixels, where the
+/// format sets a limit.
+fn check_size(width: u64, height: u64, file_len: usize, most: Option<u64>) -> Result<(u16, u16), String> {
     if width == 0 || height == 0 {
         return Err(format!("empty image: {width}x{height}"));
     }
-    match (u16::try_from(width), u16::try_from(height)) {
-        (Ok(w), Ok(h)) if width * height <= MAX_PIXELS => Ok((w, h)),
-        _ => {
-            Err(format!("{width}x{height} pixels: more than {} million, or a side over 65535", MAX_PIXELS / 1_000_000))
-        }
+    let (Ok(w), Ok(h), true) = (u16::try_from(width), u16::try_from(height), width * height <= MAX_PIXELS) else {
+        let limit = MAX_PIXELS / 1_000_000;
+        return Err(format!("{width}x{height} pixels: more than {limit} million, or a side over 65535"));
+    };
+    let held = most.map_or((file_len as u64 * EASY_PIXELS).max(FREE_PIXELS), |most| file_len as u64 * most);
+    if width * height > held {
+        return Err(format!("{width}x{height} pixels in a file of {file_len} bytes, which cannot hold them"));
     }
+    Ok((w, h))
 }

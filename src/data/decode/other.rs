@@ -1,4 +1,4 @@
-//! Every format but JPEG.
+//! The formats that the `image` crate reads: PNG, WebP, BMP and TIFF.
 
 use std::io::Cursor;
 
@@ -23,13 +23,19 @@ pub fn decode(
         Some(source) => format!("{name}: {source}"),
         None => format!("{name}: {e}"),
     };
+    if format == ImageFormat::WebP && !webp_is_whole(bytes) {
+        return Err("WEBP: the file is truncated".into());
+    }
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     let mut limits = Limits::default();
     limits.max_alloc = Some(MAX_ALLOC);
     reader.limits(limits);
     let decoder = reader.into_decoder().map_err(reason)?;
     let (width, height) = decoder.dimensions();
-    let size = check_size(width.into(), height.into())?;
+    // Rows of PNG lie in one deflate stream, which expands 1032 times at most.
+    let bits = u64::from(decoder.original_color_type().bits_per_pixel().max(1));
+    let most = (format == ImageFormat::Png).then_some(1032 * 8 / bits);
+    let size = check_size(width.into(), height.into(), bytes.len(), most).map_err(|what| format!("{name}: {what}"))?;
     let color = decoder.color_type();
     let len = usize::try_from(decoder.total_bytes()).map_err(|e| format!("{name}: {e}"))?;
     if color == ColorType::Rgb8 {
@@ -46,6 +52,12 @@ pub fn decode(
     };
     to_rgb(samples, color.channel_count(), alpha, pixels);
     Ok(size)
+}
+
+/// A lossy picture that lacks its last bytes decodes all the same, so the length in the header has to tell.
+fn webp_is_whole(bytes: &[u8]) -> bool {
+    let len = bytes.get(4..8).map(|len| u64::from(u32::from_le_bytes([len[0], len[1], len[2], len[3]])));
+    len.is_some_and(|len| len + 8 <= bytes.len() as u64)
 }
 
 /// 16-bit samples to 8 bits, where they lie.

@@ -62,10 +62,12 @@ pub fn detect(source: &Path) -> Result<Kind> {
 fn detect_file(path: &Path) -> Result<Kind> {
     let mut head = start_of(File::open(path).map_err(Error::io("open", path))?, path)?;
     let len = fs::metadata(path).map_err(Error::io("look at", path))?.len();
+    if len == 0 {
+        return Err(Error::format(path, None, "is empty"));
+    }
     if head.starts_with(&[0x1f, 0x8b]) {
         // One that cannot be unpacked is for its reader to refuse.
-        let unpacked = start_of(spool::gunzip(path)?.0, path).unwrap_or_default();
-        head = unpacked;
+        head = start_of(spool::gunzip(path)?.0, path).unwrap_or_default();
     }
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     Ok(match &head[..] {

@@ -27,7 +27,7 @@ use self::append::Relabelled;
 use self::source::Fault;
 pub use self::source::Source;
 pub use self::store::Store;
-use super::decode::{DECODER, RESIZER};
+use super::decode::DecodeOptions;
 use super::format::{Meta, Rejected};
 use super::manifest::ShardRef;
 use super::writer::{Base, Job, SEGMENT, Writer};
@@ -45,6 +45,8 @@ const BAD_SHOWN: usize = 5;
 pub struct Options {
     /// Form of the stored images.
     pub store: Store,
+    /// How the images are decoded.
+    pub decode: DecodeOptions,
     /// Seed of the order; `None` keeps the order of the source.
     pub shuffle: Option<u64>,
     /// Takes only this many images, the first in the (shuffled) order.
@@ -72,6 +74,7 @@ impl Options {
     pub fn new(store: Store) -> Options {
         Options {
             store,
+            decode: DecodeOptions::default(),
             shuffle: None,
             limit: None,
             threads: 1,
@@ -146,8 +149,8 @@ fn write(
         classes: source.classes().to_vec(),
         source: source.kind().into(),
         store: options.store.to_string(),
-        decoder: DECODER.into(),
-        resizer: RESIZER.into(),
+        decoder: options.decode.to_string(),
+        resizer: options.store.made_with(),
         writer: format!("simsiam-engine {}", env!("CARGO_PKG_VERSION")),
         rejected: Vec::new(),
     };
@@ -176,7 +179,7 @@ fn fill(
     let allowed = order.len() as f64 * options.max_bad / 100.0;
     let too_many = |writer: &Writer| too_many_bad(root, writer.rejected(), order.len(), options.max_bad);
     let rest = order.get(writer.consumed() as usize..).unwrap_or_default();
-    let make = |i: u32| store::record(source, i as usize, options.store);
+    let make = |i: u32| store::record(source, i as usize, options.store, options.decode);
     in_order(rest, options, make, |i, outcome| {
         match outcome {
             Ok(record) => {
@@ -209,8 +212,8 @@ fn job(source: &dyn Source, base: Option<Base>, out: &Path, options: &Options) -
     let mut hasher = blake3::Hasher::new();
     let part = serde_json::json!([
         env!("CARGO_PKG_VERSION"),
-        DECODER,
-        RESIZER,
+        options.decode.to_string(),
+        store.made_with(),
         store.to_string(),
         shuffle,
         limit,
