@@ -50,11 +50,11 @@ struct Cli {
 enum Command {
     /// Pretrain a small network on embedded images: the whole job in a few minutes.
     Demo(demo::DemoArgs),
-    /// Pretrain on a dataset file, or continue a run.
+    /// Pretrain on a dataset, or continue a run.
     Train(Box<train::TrainArgs>),
-    /// Turn a folder of images (or IDX files) into one memory-mappable dataset file.
+    /// Turn images, from wherever they are, into a memory-mappable dataset.
     Prepare(prepare::PrepareArgs),
-    /// Show and verify a dataset file.
+    /// Show and verify a dataset.
     Inspect(inspect::InspectArgs),
     /// Write a PNG with images beside two augmented views of each.
     AugmentPreview(augment_preview::AugmentPreviewArgs),

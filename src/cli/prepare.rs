@@ -11,7 +11,8 @@ use super::meter::Meter;
 use super::output::print;
 use super::source_args::{SourceArgs, default_store};
 use crate::atomic::write_atomic;
-use crate::data::decode::{Alpha, DecodeOptions};
+use crate::data::decode::{Alpha, DecodeOptions, Decoder};
+use crate::data::import::source::Item;
 use crate::data::import::{self, Options, Source, Store, Summary};
 use crate::data::writer::{is_unfinished, refuse_existing};
 use crate::error::{Error, Result};
@@ -87,7 +88,26 @@ pub fn run(args: PrepareArgs) -> Result<()> {
     }
     let scratch = args.out.parent().unwrap_or(Path::new(""));
     let source = args.source_args.open(&args.source, scratch)?;
-    write(&*source, &args, default_store(&*source))
+    let default = default_store(&*source);
+    if args.store.is_none() {
+        tell_of_small_images(&*source, default);
+    }
+    write(&*source, &args, default)
+}
+
+/// To stretch small images costs space and gains nothing. The first image stands for all.
+fn tell_of_small_images(source: &dyn Source, store: Store) {
+    let (Store::Square(side), mut buffer) = (store, Vec::new()) else { return };
+    let Ok(Item::Encoded(bytes)) = source.read(0, &mut buffer) else { return };
+    let mut decoder = Decoder::default();
+    if let Ok(image) = decoder.decode(bytes)
+        && 2 * image.width.max(image.height) <= side
+    {
+        let (width, height) = (image.width, image.height);
+        eprintln!(
+            "note: the first image is of {width}x{height} pixels; --store raw would keep such images as they are"
+        );
+    }
 }
 
 fn write(source: &dyn Source, args: &PrepareArgs, default_store: Store) -> Result<()> {

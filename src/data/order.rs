@@ -269,7 +269,7 @@ mod tests {
 
     #[test]
     fn windows_have_other_borders_in_every_epoch() {
-        // Records that share a window in one epoch: few of them share one in the next with others of the same window only.
+        // Where windows start, counted from the borders there would be if none moved.
         let (n, len) = (1000, 50);
         let borders = |epoch| {
             let order = EpochOrder::new(n, 5, epoch).in_windows(len);

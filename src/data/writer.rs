@@ -21,6 +21,9 @@ use crate::error::{Error, Result};
 /// Bytes of records after which they are forced to disk and noted: at most so much is written again after a kill.
 pub const SEGMENT: u64 = 64 << 20;
 
+/// As much, in number: keeps the index entries that wait for it few.
+const SEGMENT_RECORDS: usize = 1 << 14;
+
 /// A record on its way into the file.
 #[derive(Debug)]
 pub struct NewRecord {
@@ -256,7 +259,8 @@ impl Writer {
         self.summary.add(&entry);
         self.pending.push(entry);
         self.consumed += 1;
-        if self.at - self.noted >= self.job.segment { self.note(None) } else { Ok(()) }
+        let due = self.at - self.noted >= self.job.segment || self.pending.len() >= SEGMENT_RECORDS;
+        if due { self.note(None) } else { Ok(()) }
     }
 
     /// Notes that image `i` of the source could not be used.
