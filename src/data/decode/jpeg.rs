@@ -37,6 +37,11 @@ fn decode_checked(bytes: &[u8], samples: &mut Vec<u8>, pixels: &mut Vec<u8>) -> 
             decode_into(&decoder, pixels).map_err(reason)?;
         }
         4 => {
+            // The decoder counts on it.
+            let sampling = |i: usize| (frame.components[i].horizontal_sampling, frame.components[i].vertical_sampling);
+            if sampling(3) != sampling(0) {
+                return Err("black is sampled unlike the first ink".into());
+            }
             decoder.set_output_format(PixelFormat::Cmyk);
             decode_into(&decoder, samples).map_err(reason)?;
             cmyk_to_rgb(samples, pixels);

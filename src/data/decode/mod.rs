@@ -5,6 +5,9 @@
 //! EXIF orientation is ignored, and of an animation the first frame is taken. JPEG pixels are those of libjpeg-turbo, bit for
 //! bit; those of the lossless formats are what Pillow gives, but that 16-bit grey keeps its high byte (Pillow makes nearly all
 //! of it white).
+//!
+//! Decoding takes at most 16 bytes of memory for each pixel the file declares, and 16 for each of its bytes; what is declared is
+//! believed only up to what a file of its length can hold (tests/decode_bounds.rs).
 
 mod gif;
 mod jpeg;
