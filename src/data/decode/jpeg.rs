@@ -1,6 +1,6 @@
 //! JPEG files: every pixel as libjpeg-turbo gives it, and nothing that was cut short.
 
-use libjpeg_turbo_rs::{DecodeLimits, Decoder, JpegError, PixelFormat};
+use libjpeg_turbo_rs::{ComponentInfo, DecodeLimits, Decoder, FrameHeader, JpegError, PixelFormat};
 
 use super::{MAX_PIXELS, check_size};
 
@@ -31,17 +31,13 @@ fn decode_checked(bytes: &[u8], samples: &mut Vec<u8>, pixels: &mut Vec<u8>) -> 
     if decoder.is_arithmetic() {
         return Err("arithmetic coding, in which a cut file cannot be told from a whole one".into());
     }
+    check_sampling(frame)?;
     match frame.components.len() {
         1 | 3 => {
             decoder.set_output_format(PixelFormat::Rgb);
             decode_into(&decoder, pixels).map_err(reason)?;
         }
         4 => {
-            // The decoder counts on it.
-            let sampling = |i: usize| (frame.components[i].horizontal_sampling, frame.components[i].vertical_sampling);
-            if sampling(3) != sampling(0) {
-                return Err("black is sampled unlike the first ink".into());
-            }
             decoder.set_output_format(PixelFormat::Cmyk);
             decode_into(&decoder, samples).map_err(reason)?;
             cmyk_to_rgb(samples, pixels);
@@ -49,6 +45,19 @@ fn decode_checked(bytes: &[u8], samples: &mut Vec<u8>, pixels: &mut Vec<u8>) -> 
         n => return Err(format!("{n} components a pixel, expected 1, 3 or 4")),
     }
     Ok(size)
+}
+
+/// That the first component is sampled finest, and the others at whole fractions of it, black like the first: the decoder
+/// counts on it.
+fn check_sampling(frame: &FrameHeader) -> Result<(), String> {
+    let sampling = |c: &ComponentInfo| (c.horizontal_sampling, c.vertical_sampling);
+    let all: Vec<_> = frame.components.iter().map(sampling).collect();
+    let Some(&(h, v)) = all.first() else { return Err("no components".into()) };
+    let whole = all.iter().all(|&(x, y)| x > 0 && y > 0 && h % x == 0 && v % y == 0);
+    if !whole || all.get(3).is_some_and(|&black| black != (h, v)) {
+        return Err(format!("components sampled at {all:?}, which no encoder does"));
+    }
+    Ok(())
 }
 
 fn decode_into(decoder: &Decoder, out: &mut Vec<u8>) -> Result<(), JpegError> {
