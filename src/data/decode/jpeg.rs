@@ -14,17 +14,19 @@ const CUT: &str = "the file is truncated (it lacks the end-of-image marker)";
 
 /// Decodes to RGB in `pixels`, and returns the size.
 pub fn decode(bytes: &[u8], samples: &mut Vec<u8>, pixels: &mut Vec<u8>) -> Result<(u16, u16), String> {
-    decode_checked(bytes, samples, pixels).map_err(|what| format!("JPEG: {what}"))
-}
-
-fn decode_checked(bytes: &[u8], samples: &mut Vec<u8>, pixels: &mut Vec<u8>) -> Result<(u16, u16), String> {
+    let named = |what: String| format!("JPEG: {what}");
     // What comes behind the end (trailers of cameras and phones) is no part of the picture.
-    let bytes = &bytes[..complete_len(bytes)?];
-    let reason = |e: JpegError| e.to_string();
+    let bytes = &bytes[..complete_len(bytes).map_err(|what| named(what.into()))?];
     let limits = DecodeLimits { max_pixels: MAX_PIXELS, max_scans: MAX_SCANS, ..DecodeLimits::default() };
-    let mut decoder = Decoder::new_with_limits(bytes, limits).map_err(reason)?;
+    let decoder = Decoder::new_with_limits(bytes, limits).map_err(|e| named(e.to_string()))?;
     let frame = decoder.header();
     let size = check_size(frame.width.into(), frame.height.into(), bytes.len(), Some(MOST_PIXELS))?;
+    read(decoder, samples, pixels).map_err(named)?;
+    Ok(size)
+}
+
+fn read(mut decoder: Decoder, samples: &mut Vec<u8>, pixels: &mut Vec<u8>) -> Result<(), String> {
+    let frame = decoder.header();
     if frame.precision != 8 || frame.is_lossless {
         return Err("not of 8 bits a sample, or of the lossless kind".into());
     }
@@ -35,16 +37,16 @@ fn decode_checked(bytes: &[u8], samples: &mut Vec<u8>, pixels: &mut Vec<u8>) -> 
     match frame.components.len() {
         1 | 3 => {
             decoder.set_output_format(PixelFormat::Rgb);
-            decode_into(&decoder, pixels).map_err(reason)?;
+            decode_into(&decoder, pixels)
         }
         4 => {
             decoder.set_output_format(PixelFormat::Cmyk);
-            decode_into(&decoder, samples).map_err(reason)?;
+            decode_into(&decoder, samples)?;
             cmyk_to_rgb(samples, pixels);
+            Ok(())
         }
-        n => return Err(format!("{n} components a pixel, expected 1, 3 or 4")),
+        n => Err(format!("{n} components a pixel, expected 1, 3 or 4")),
     }
-    Ok(size)
 }
 
 /// That the first component is sampled finest, and the others at whole fractions of it, black like the first: the decoder
@@ -60,9 +62,10 @@ fn check_sampling(frame: &FrameHeader) -> Result<(), String> {
     Ok(())
 }
 
-fn decode_into(decoder: &Decoder, out: &mut Vec<u8>) -> Result<(), JpegError> {
-    out.resize(decoder.output_buffer_size()?, 0);
-    decoder.decode_image_into(out)?;
+fn decode_into(decoder: &Decoder, out: &mut Vec<u8>) -> Result<(), String> {
+    let reason = |e: JpegError| e.to_string();
+    out.resize(decoder.output_buffer_size().map_err(reason)?, 0);
+    decoder.decode_image_into(out).map_err(reason)?;
     Ok(())
 }
 

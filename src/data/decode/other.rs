@@ -36,7 +36,7 @@ pub fn decode(
     let mut decoder = reader.into_decoder().map_err(reason)?;
     let (width, height) = decoder.dimensions();
     let most = (format == ImageFormat::Png).then(|| png_pixels(bytes)).flatten();
-    let size = check_size(width.into(), height.into(), bytes.len(), most).map_err(|what| format!("{name}: {what}"))?;
+    let size = check_size(width.into(), height.into(), bytes.len(), most)?;
     let mut limits = Limits::default();
     limits.max_alloc = Some(u64::from(width) * u64::from(height) * PIXEL_ALLOC + FREE_ALLOC);
     decoder.set_limits(limits).map_err(reason)?;
