@@ -149,3 +149,17 @@ fn what_is_no_image_is_named_so() {
         assert_eq!(decode(text).unwrap_err(), "not a JPEG, PNG, GIF, BMP, WebP or TIFF image");
     }
 }
+
+#[test]
+fn what_is_not_supported_is_named_so() {
+    for (name, reason) in [
+        ("arithmetic.jpg", "JPEG: arithmetic coding, in which a cut file cannot be told from a whole one"),
+        (
+            "palette.tiff",
+            "TIFF: The decoder for Tiff does not support the format features Photometric interpretation RGBPalette",
+        ),
+    ] {
+        let told = decode(&fixture(name)).unwrap_err();
+        assert!(told.starts_with(reason), "{name}: {told}");
+    }
+}

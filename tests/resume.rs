@@ -4,11 +4,13 @@
 mod common;
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{engine, fail, scratch, succeed};
+use flate2::read::GzDecoder;
 use simsiam_engine::data::dataset::Dataset;
 use simsiam_engine::data::mapped::Access;
 use simsiam_engine::rng::{Stream, below};
@@ -249,7 +251,7 @@ fn appending_matches_classes_by_name() {
         fs::copy(images.join(file), place.at(set).join(class).join(file)).unwrap();
     };
     put("a", "bee", "rgb.png");
-    put("a", "wasp", "grey.png");
+    put("a", "wasp", "grey8.png");
     put("b", "ant", "444.jpg");
     put("b", "wasp", "palette.png");
     place.succeed(&place.text("a"), "out.ssds", &["--store", "raw:16"]);
@@ -334,8 +336,11 @@ fn a_vanished_source_is_one_error_and_the_rest_is_kept() {
 /// A power failure may leave journal and file in any state of half. Whatever is not as noted is written anew.
 #[test]
 fn a_damaged_journal_costs_work_but_never_a_byte() {
-    let whole = Place::new();
-    let source = fashion("test");
+    let (whole, images) = (Place::new(), Place::new());
+    // Not packed: to unpack it takes more room than the limit on files gives.
+    let source = images.text("test-images-idx3-ubyte");
+    let packed = fs::File::open(fashion("test")).unwrap();
+    io::copy(&mut GzDecoder::new(packed), &mut fs::File::create(&source).unwrap()).unwrap();
     let options = ["--store", "raw:64", "--limit", "60", "--segment", "32KiB"];
     whole.succeed(&source, "out.ssds", &options);
     let (journal, tmp) = unfinished(&source, &options);

@@ -123,10 +123,10 @@ def sizes():
 
 
 def pngs():
-    base = picture(23, 17, 1)
+    base = picture(41, 29, 1)
     rgb = np.asarray(base)
     grey = np.asarray(base.convert("L"))
-    veil = np.asarray(picture(23, 17, 2).getchannel(1)).copy()
+    veil = np.asarray(picture(41, 29, 2).getchannel(1)).copy()
     veil[3:6] = 0
     veil[9:11] = 255
     wide = lambda samples: samples.astype(np.uint16) * 251 + 77
@@ -181,13 +181,13 @@ def png(samples, depth, colour, interlaced=False, **chunks):
 
 
 def bmps():
-    base = picture(23, 17, 1)
+    base = picture(41, 29, 1)
     grey = base.convert("L")
     add("a.bmp", encoded(base, "BMP"))
     add("grey.bmp", encoded(grey, "BMP"))
     add("bilevel.bmp", encoded(grey.convert("1"), "BMP"))
     add("palette.bmp", encoded(base.quantize(37), "BMP"))
-    add("rgb32.bmp", bmp(np.dstack([np.asarray(base)[..., ::-1], np.zeros((17, 23), np.uint8)]), 32))
+    add("rgb32.bmp", bmp(np.dstack([np.asarray(base)[..., ::-1], np.zeros((29, 41), np.uint8)]), 32))
     add("top_down.bmp", bmp(np.asarray(base)[..., ::-1], 24, top_down=True))
     b, g, r = (np.asarray(base)[..., c].astype(np.uint16) for c in (2, 1, 0))
     # 5 and 6 bits are spread over 8 by rounding, which Pillow leaves out.
@@ -203,7 +203,7 @@ def bmps():
 
 def bmp(rows, depth, compression=0, extra=b"", top_down=False):
     """A BMP whose rows of bytes are given, top first; run-length coded where `compression` is 1."""
-    height, width = rows.shape[0], 23
+    height, width = rows.shape[0], 41
     if not top_down:
         rows = rows[::-1]
     if compression == 1:
@@ -230,19 +230,19 @@ def rle(row):
 
 
 def gifs():
-    base = picture(23, 17, 1)
+    base = picture(41, 29, 1)
     data = encoded(base.quantize(64), "GIF", interlace=0)
     add("a.gif", data)
     add("interlaced.gif", encoded(base.quantize(64), "GIF", interlace=1))
-    frames = [base.quantize(16), picture(23, 17, 3).quantize(16)]
+    frames = [base.quantize(16), picture(41, 29, 3).quantize(16)]
     add("animated.gif", encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=50))
     clear = encoded(base.quantize(16), "GIF", transparency=5, interlace=0)
     add_transparent("transparent.gif", clear)
     # The frame covers only a part of the screen: the screen grows, the frame moves.
     for name, data in [("offset.gif", data), ("offset_transparent.gif", clear)]:
-        frame = data.index(b"\x2c\0\0\0\0\x17\0\x11\0")
+        frame = data.index(b"\x2c\0\0\0\0\x29\0\x1d\0")
         data = bytearray(data)
-        data[6:10] = struct.pack("<HH", 31, 26)
+        data[6:10] = struct.pack("<HH", 49, 38)
         data[frame + 1 : frame + 5] = struct.pack("<HH", 5, 3)
         add_transparent(name, bytes(data))
 
@@ -261,11 +261,11 @@ def webps():
 
 
 def tiffs():
-    base = picture(23, 17, 1)
+    base = picture(41, 29, 1)
     rgb = np.asarray(base)
     grey = base.convert("L")
     veiled = base.copy()
-    veiled.putalpha(picture(23, 17, 2).getchannel(1))
+    veiled.putalpha(picture(41, 29, 2).getchannel(1))
     add("a.tiff", encoded(base, "TIFF"))
     for name, compression in [("lzw", "tiff_lzw"), ("deflate", "tiff_adobe_deflate"), ("packbits", "packbits")]:
         add(f"{name}.tiff", encoded(base, "TIFF", compression=compression))
@@ -273,7 +273,7 @@ def tiffs():
     add("bilevel.tiff", encoded(grey.convert("1"), "TIFF"))
     (OUT / "palette.tiff").write_bytes(encoded(base.quantize(37), "TIFF"))  # to be refused
     add_transparent("alpha.tiff", encoded(veiled, "TIFF"))
-    add("cmyk.tiff", encoded(Image.merge("CMYK", [*base.split(), picture(23, 17, 5).getchannel(1)]), "TIFF"), 1)
+    add("cmyk.tiff", encoded(Image.merge("CMYK", [*base.split(), picture(41, 29, 5).getchannel(1)]), "TIFF"), 1)
     wide = rgb.astype(np.uint16) * 251 + 77
     for order, byteorder in [("", "<"), ("big_endian_", ">")]:
         add(f"{order}rgb.tiff", tiff(rgb, byteorder, photometric="rgb"))

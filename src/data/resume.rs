@@ -57,8 +57,9 @@ pub fn discard(journal: &mut Journal, out: &Path) -> Result<()> {
         return Ok(());
     }
     for Mark { head, done, .. } in marks(journal)? {
-        for tmp in [out.to_path_buf(), shard_path(out, head.shard)].map(|path| tmp_path(&path)) {
-            remove_if_there(&tmp)?;
+        // The next shard may have been begun, without a frame yet.
+        for path in [out.to_path_buf(), shard_path(out, head.shard), shard_path(out, head.shard + 1)] {
+            remove_if_there(&tmp_path(&path))?;
         }
         let Some(shard) = done else { continue };
         let path = out.with_file_name(&shard.file);

@@ -23,7 +23,7 @@ pub fn decode(bytes: &[u8], alpha: Alpha, samples: &mut Vec<u8>, pixels: &mut Ve
     // As Pillow does it, the screen grows to where the frame ends.
     let across = u64::from(screen.0).max(u64::from(left) + u64::from(width));
     let down = u64::from(screen.1).max(u64::from(top) + u64::from(height));
-    let size = check_size(across, down, bytes.len(), Some(MOST_PIXELS)).map_err(|what| format!("GIF: {what}"))?;
+    let size = check_size(across, down, bytes.len(), Some(MOST_PIXELS))?;
     let colours = colours(decoder.palette().map_err(reason)?, ground, alpha);
     samples.resize(usize::from(width) * usize::from(height), 0);
     decoder.read_into_buffer(samples).map_err(reason)?;

@@ -1,6 +1,6 @@
 //! JPEG files: every pixel as libjpeg-turbo gives it, and nothing that was cut short.
 
-use libjpeg_turbo_rs::{DecodeLimits, Decoder, JpegError, PixelFormat};
+use libjpeg_turbo_rs::{ComponentInfo, DecodeLimits, Decoder, FrameHeader, JpegError, PixelFormat};
 
 use super::{MAX_PIXELS, check_size};
 
@@ -14,41 +14,58 @@ const CUT: &str = "the file is truncated (it lacks the end-of-image marker)";
 
 /// Decodes to RGB in `pixels`, and returns the size.
 pub fn decode(bytes: &[u8], samples: &mut Vec<u8>, pixels: &mut Vec<u8>) -> Result<(u16, u16), String> {
-    decode_checked(bytes, samples, pixels).map_err(|what| format!("JPEG: {what}"))
-}
-
-fn decode_checked(bytes: &[u8], samples: &mut Vec<u8>, pixels: &mut Vec<u8>) -> Result<(u16, u16), String> {
+    let named = |what: String| format!("JPEG: {what}");
     // What comes behind the end (trailers of cameras and phones) is no part of the picture.
-    let bytes = &bytes[..complete_len(bytes)?];
-    let reason = |e: JpegError| e.to_string();
+    let bytes = &bytes[..complete_len(bytes).map_err(|what| named(what.into()))?];
     let limits = DecodeLimits { max_pixels: MAX_PIXELS, max_scans: MAX_SCANS, ..DecodeLimits::default() };
-    let mut decoder = Decoder::new_with_limits(bytes, limits).map_err(reason)?;
+    let decoder = Decoder::new_with_limits(bytes, limits).map_err(|e| named(e.to_string()))?;
     let frame = decoder.header();
     let size = check_size(frame.width.into(), frame.height.into(), bytes.len(), Some(MOST_PIXELS))?;
+    read(decoder, samples, pixels).map_err(named)?;
+    Ok(size)
+}
+
+fn read(mut decoder: Decoder, samples: &mut Vec<u8>, pixels: &mut Vec<u8>) -> Result<(), String> {
+    let frame = decoder.header();
     if frame.precision != 8 || frame.is_lossless {
         return Err("not of 8 bits a sample, or of the lossless kind".into());
     }
     if decoder.is_arithmetic() {
         return Err("arithmetic coding, in which a cut file cannot be told from a whole one".into());
     }
+    check_sampling(frame)?;
     match frame.components.len() {
         1 | 3 => {
             decoder.set_output_format(PixelFormat::Rgb);
-            decode_into(&decoder, pixels).map_err(reason)?;
+            decode_into(&decoder, pixels)
         }
         4 => {
             decoder.set_output_format(PixelFormat::Cmyk);
-            decode_into(&decoder, samples).map_err(reason)?;
+            decode_into(&decoder, samples)?;
             cmyk_to_rgb(samples, pixels);
+            Ok(())
         }
-        n => return Err(format!("{n} components a pixel, expected 1, 3 or 4")),
+        n => Err(format!("{n} components a pixel, expected 1, 3 or 4")),
     }
-    Ok(size)
 }
 
-fn decode_into(decoder: &Decoder, out: &mut Vec<u8>) -> Result<(), JpegError> {
-    out.resize(decoder.output_buffer_size()?, 0);
-    decoder.decode_image_into(out)?;
+/// That the first component is sampled finest, and the others at whole fractions of it, black like the first: the decoder
+/// counts on it.
+fn check_sampling(frame: &FrameHeader) -> Result<(), String> {
+    let sampling = |c: &ComponentInfo| (c.horizontal_sampling, c.vertical_sampling);
+    let all: Vec<_> = frame.components.iter().map(sampling).collect();
+    let Some(&(h, v)) = all.first() else { return Err("no components".into()) };
+    let whole = all.iter().all(|&(x, y)| x > 0 && y > 0 && h % x == 0 && v % y == 0);
+    if !whole || all.get(3).is_some_and(|&black| black != (h, v)) {
+        return Err(format!("components sampled at {all:?}, which no encoder does"));
+    }
+    Ok(())
+}
+
+fn decode_into(decoder: &Decoder, out: &mut Vec<u8>) -> Result<(), String> {
+    let reason = |e: JpegError| e.to_string();
+    out.resize(decoder.output_buffer_size().map_err(reason)?, 0);
+    decoder.decode_image_into(out).map_err(reason)?;
     Ok(())
 }
 

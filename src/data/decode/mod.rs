@@ -5,6 +5,9 @@
 //! EXIF orientation is ignored, and of an animation the first frame is taken. JPEG pixels are those of libjpeg-turbo, bit for
 //! bit; those of the lossless formats are what Pillow gives, but that 16-bit grey keeps its high byte (Pillow makes nearly all
 //! of it white).
+//!
+//! Decoding takes at most 16 bytes of memory for each pixel the file declares, and 16 for each of its bytes; what is declared is
+//! believed only up to what a file of its length can hold (tests/decode_bounds.rs).
 
 mod gif;
 mod jpeg;
@@ -12,12 +15,13 @@ mod other;
 mod resize;
 
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::str::FromStr;
 
 use image::ImageFormat;
 
 pub use self::jpeg::is_grey as is_grey_jpeg;
+use super::quiet::contain;
+
 pub use self::resize::{RESIZER, Resizer};
 
 /// The largest image accepted, in pixels: larger ones are refused before memory is taken for them.
@@ -135,13 +139,13 @@ impl Decoder {
             return Err("the file is empty".into());
         }
         let format = sniff(bytes).ok_or("not a JPEG, PNG, GIF, BMP, WebP or TIFF image")?;
-        let decoded = catch_unwind(AssertUnwindSafe(|| match format {
+        let decoded = contain(|| match format {
             ImageFormat::Jpeg => jpeg::decode(bytes, &mut self.samples, &mut self.pixels),
             ImageFormat::Gif => gif::decode(bytes, self.options.alpha, &mut self.samples, &mut self.pixels),
             other => other::decode(bytes, other, self.options.alpha, &mut self.samples, &mut self.pixels),
-        }));
+        });
         let (width, height) =
-            decoded.unwrap_or_else(|_| Err("the decoder gave up on it (a fault inside the decoder)".into()))?;
+            decoded.unwrap_or_else(|| Err("the decoder gave up on it (a fault inside the decoder)".into()))?;
         if self.pixels.len() != usize::from(width) * usize::from(height) * 3 {
             return Err(format!("{} bytes decoded for {width}x{height} RGB pixels", self.pixels.len()));
         }

@@ -4,10 +4,13 @@ use std::io::Cursor;
 
 use image::{ColorType, ImageDecoder, ImageFormat, ImageReader, Limits};
 
-use super::{Alpha, MAX_PIXELS, check_size};
+use super::{Alpha, check_size};
 
-/// Working memory a decoder of the `image` crate may take: [`MAX_PIXELS`] at 16 bits RGBA.
-const MAX_ALLOC: u64 = MAX_PIXELS * 8;
+/// Bytes a decoder of the `image` crate may take for each pixel: RGBA at 16 bits.
+const PIXEL_ALLOC: u64 = 8;
+
+/// And without pixels: tables and the like.
+const FREE_ALLOC: u64 = 1 << 18;
 
 /// Decodes to RGB in `pixels`, and returns the size.
 pub fn decode(
@@ -26,16 +29,17 @@ pub fn decode(
     if format == ImageFormat::WebP && !webp_is_whole(bytes) {
         return Err("WEBP: the file is truncated".into());
     }
-    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
-    let mut limits = Limits::default();
-    limits.max_alloc = Some(MAX_ALLOC);
-    reader.limits(limits);
-    let decoder = reader.into_decoder().map_err(reason)?;
+    if format == ImageFormat::Tiff {
+        check_tiff(bytes).map_err(|what| format!("{name}: {what}"))?;
+    }
+    let reader = ImageReader::with_format(Cursor::new(bytes), format);
+    let mut decoder = reader.into_decoder().map_err(reason)?;
     let (width, height) = decoder.dimensions();
-    // Rows of PNG lie in one deflate stream, which expands 1032 times at most.
-    let bits = u64::from(decoder.original_color_type().bits_per_pixel().max(1));
-    let most = (format == ImageFormat::Png).then_some(1032 * 8 / bits);
-    let size = check_size(width.into(), height.into(), bytes.len(), most).map_err(|what| format!("{name}: {what}"))?;
+    let most = (format == ImageFormat::Png).then(|| png_pixels(bytes)).flatten();
+    let size = check_size(width.into(), height.into(), bytes.len(), most)?;
+    let mut limits = Limits::default();
+    limits.max_alloc = Some(u64::from(width) * u64::from(height) * PIXEL_ALLOC + FREE_ALLOC);
+    decoder.set_limits(limits).map_err(reason)?;
     let color = decoder.color_type();
     let len = usize::try_from(decoder.total_bytes()).map_err(|e| format!("{name}: {e}"))?;
     if color == ColorType::Rgb8 {
@@ -54,10 +58,45 @@ pub fn decode(
     Ok(size)
 }
 
+/// Pixels of a PNG to a byte at most: all rows lie in one deflate stream, which expands 1032 times.
+fn png_pixels(bytes: &[u8]) -> Option<u64> {
+    let &[depth, kind] = bytes.get(24..26)? else { return None };
+    let samples = [1, 1, 3, 1, 2, 1, 4].get(usize::from(kind)).copied().unwrap_or(1);
+    Some(1032 * 8 / (u64::from(depth.max(1)) * samples))
+}
+
 /// A lossy picture that lacks its last bytes decodes all the same, so the length in the header has to tell.
 fn webp_is_whole(bytes: &[u8]) -> bool {
     let len = bytes.get(4..8).map(|len| u64::from(u32::from_le_bytes([len[0], len[1], len[2], len[3]])));
     len.is_some_and(|len| len + 8 <= bytes.len() as u64)
+}
+
+/// That no entry of the first directory is longer than the file: memory is taken for them on trust.
+fn check_tiff(bytes: &[u8]) -> Result<(), &'static str> {
+    const CUT: &str = "the file is truncated (its directory lies outside)";
+    let field = |at: usize, len: usize| {
+        let raw = at.checked_add(len).and_then(|end| bytes.get(at..end)).ok_or(CUT)?;
+        let join = |value: usize, byte: &u8| value << 8 | usize::from(*byte);
+        Ok::<usize, &'static str>(if bytes[0] == b'M' {
+            raw.iter().fold(0, join)
+        } else {
+            raw.iter().rev().fold(0, join)
+        })
+    };
+    let directory = field(4, 4)?;
+    for i in 0..field(directory, 2)? {
+        let entry = directory + 2 + 12 * i;
+        let size = match field(entry + 2, 2)? {
+            3 | 8 => 2,
+            4 | 9 | 11 | 13 => 4,
+            5 | 10 | 12 => 8,
+            _ => 1,
+        };
+        if field(entry + 4, 4)?.saturating_mul(size) > bytes.len() {
+            return Err("an entry of its directory is longer than the file");
+        }
+    }
+    Ok(())
 }
 
 /// 16-bit samples to 8 bits, where they lie.
