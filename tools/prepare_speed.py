@@ -5,7 +5,8 @@
     python3 tools/prepare_speed.py compare OUT [--engine target/release/simsiam-engine] [--rounds 5] [--copies 4]
 
 `compare` runs all in turn, every round anew, each in a process of its own, and prints images per second of wall time and of
-CPU time (user and system, of all threads): the median over the rounds. Start-up (imports, a run on one image) is taken off.
+CPU time (user and system, of all threads): the median over the rounds. Start-up does not count: the Python processes time
+themselves after one image, and of `prepare` a run on one image is taken off.
 Needs numpy, Pillow, torch and torchvision. Photographs come for example with Debian's packages mate-backgrounds,
 gnome-backgrounds, plasma-workspace-wallpapers and ukui-wallpapers.
 """
@@ -21,9 +22,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 
 def make_photos(source, out, count):
-    import numpy as np
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None
@@ -75,14 +77,30 @@ def run_torchvision(files):
         functional.resize(image, [256, 256], antialias=True).permute(1, 2, 0).contiguous().numpy().tobytes()
 
 
-def times(command):
-    """Wall and CPU seconds of a process."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    start = time.perf_counter()
+def seconds(who):
+    usage = resource.getrusage(who)
+    return np.array([time.perf_counter(), usage.ru_utime + usage.ru_stime])
+
+
+def run(name, files):
+    """One image first, then all of them; prints wall and CPU seconds of the second."""
+    work = {"pillow": run_pillow, "torchvision": run_torchvision}[name]
+    work(files[:1])
+    start = seconds(resource.RUSAGE_SELF)
+    work(files)
+    print(*(seconds(resource.RUSAGE_SELF) - start))
+
+
+def times_python(name, source):
+    output = subprocess.run([sys.executable, __file__, "run", name, str(source)], check=True, capture_output=True).stdout
+    return np.array([float(word) for word in output.split()])
+
+
+def times_prepare(engine, source, out, threads):
+    command = [engine, "prepare", source, out, "--source", "folder", "--store", "raw:256", "--threads", str(threads), "--force"]
+    start = seconds(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wall = time.perf_counter() - start
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return seconds(resource.RUSAGE_CHILDREN) - start
 
 
 def compare(folder, engine, rounds, copies):
@@ -94,16 +112,17 @@ def compare(folder, engine, rounds, copies):
         one.mkdir()
         shutil.copy(next(folder.glob("*.jpg")), one)
         out = Path(scratch, "out.ssds")
-        ours = lambda threads: lambda source: [
-            str(engine), "prepare", str(source), str(out), "--source", "folder", "--store", "raw:256", "--threads", str(threads), "--force",
-        ]
-        theirs = lambda name: lambda source: [sys.executable, __file__, "run", name, str(source)]
-        commands = {"prepare, 1 thread": ours(1), "prepare, 2 threads": ours(2), "torchvision": theirs("torchvision"), "Pillow": theirs("pillow")}
+        ours = lambda threads: times_prepare(engine, many, out, threads) - times_prepare(engine, one, out, threads)
+        commands = {
+            "prepare, 1 thread": lambda: ours(1),
+            "prepare, 2 threads": lambda: ours(2),
+            "torchvision": lambda: times_python("torchvision", many),
+            "Pillow": lambda: times_python("pillow", many),
+        }
         speeds = {name: [] for name in commands}
         for _ in range(rounds):
             for name, command in commands.items():
-                start, whole = times(command(one)), times(command(many))
-                speeds[name].append([(count * copies - 1) / (b - a) for a, b in zip(start, whole)])
+                speeds[name].append(count * copies / command())
     print(f"{count * copies} images, {rounds} rounds, load {os.getloadavg()[0]:.1f}")
     print(f"{'images per second of':24}{'wall':>10}{'CPU':>10}")
     for name, rows in speeds.items():
@@ -113,9 +132,7 @@ def compare(folder, engine, rounds, copies):
 
 def main():
     if sys.argv[1:2] == ["run"]:
-        files = sorted(Path(sys.argv[3]).rglob("*.jpg"))
-        {"pillow": run_pillow, "torchvision": run_torchvision}[sys.argv[2]](files)
-        return
+        return run(sys.argv[2], sorted(Path(sys.argv[3]).rglob("*.jpg")))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     photos = commands.add_parser("photos")
