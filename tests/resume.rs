@@ -17,7 +17,7 @@ use simsiam_engine::rng::{Stream, below};
 use tempfile::TempDir;
 
 /// Rounds of killing, per kind of job.
-const KILLS: usize = 25;
+const KILLS: usize = 30;
 
 fn fashion(split: &str) -> String {
     format!("{}/assets/fashion-mnist/{split}-images-idx3-ubyte.gz", env!("CARGO_MANIFEST_DIR"))

@@ -83,7 +83,7 @@ pub fn run(args: PrepareArgs) -> Result<()> {
         }
     }
     // Now rather than after minutes of listing a large folder.
-    if !args.append {
+    if !args.append && !is_unfinished(&args.out) {
         refuse_existing(&args.out, args.force)?;
     }
     let scratch = args.out.parent().unwrap_or(Path::new(""));

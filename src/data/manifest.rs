@@ -1,13 +1,14 @@
 //! The manifest: several dataset files that are one dataset. A small JSON file beside its shards, written last and replaced
 //! as a whole, so that a dataset changes from one complete state to the next.
 
-use std::io::Read;
+use std::fs::File;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::format::Header;
-use crate::atomic;
+use crate::atomic::sync_folder;
 use crate::error::{Error, Result};
 
 /// The value of [`Manifest::format`].
@@ -72,7 +73,7 @@ impl Manifest {
             return Ok(None);
         }
         let mut text = Vec::new();
-        let file = std::fs::File::open(path).map_err(Error::io("open", path))?;
+        let file = File::open(path).map_err(Error::io("open", path))?;
         let mut limited = file.take(1);
         limited.read_to_end(&mut text).map_err(Error::io("read", path))?;
         if text != b"{" {
@@ -114,14 +115,21 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// Writes it to `path` as a whole, in place of what was there.
+    /// Writes it to `tmp`, then gives it the name `path`, in place of what was there. A `tmp` that a kill leaves behind is
+    /// written over by the next attempt.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn write(&self, path: &Path) -> Result<()> {
+    pub fn write(&self, tmp: &Path, path: &Path) -> Result<()> {
         let mut text = serde_json::to_vec_pretty(self).map_err(|e| Error::io("encode", path)(e.into()))?;
         text.push(b'\n');
-        atomic::write_atomic(path, |out| out.write_all(&text))
+        let written = File::create(tmp).and_then(|mut file| {
+            file.write_all(&text)?;
+            file.sync_all()
+        });
+        written.map_err(Error::io("write", tmp))?;
+        std::fs::rename(tmp, path).map_err(Error::io("rename to", path))?;
+        sync_folder(path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new(".")))
     }
 }
 

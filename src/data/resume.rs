@@ -78,6 +78,14 @@ fn remove_if_there(path: &Path) -> Result<()> {
     }
 }
 
+/// The files that were noted as complete.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn noted_files(journal: &mut Journal) -> Result<Vec<ShardRef>> {
+    Ok(marks(journal)?.into_iter().filter_map(|mark| mark.done).collect())
+}
+
 fn marks(journal: &mut Journal) -> Result<Vec<Mark>> {
     let mut marks = Vec::new();
     journal.frames(0, |frame, end| {

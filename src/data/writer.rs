@@ -146,7 +146,10 @@ impl Writer {
     /// [`Error::Config`] when the output exists, another process is writing it, or another job was left unfinished there;
     /// [`Error::Io`] when it cannot be created.
     pub fn open(job: Job) -> Result<Writer> {
-        job.check_output()?;
+        // Before a journal is made for nothing.
+        if !is_unfinished(&job.out) {
+            job.check_output()?;
+        }
         let mut journal = Journal::open(&journal_path(&job.out))?;
         let state = match journal.job()? {
             Some(id) if id == job.id && id != JobId::default() => {
@@ -156,8 +159,17 @@ impl Writer {
             _ => None,
         };
         match state {
-            Some(state) => Writer::go_on(job, journal, state),
-            None => Writer::begin(job, journal),
+            Some(state) => {
+                // What is complete may have its name already: the kill came right before the end.
+                if state.done.is_empty() {
+                    job.check_output()?;
+                }
+                Writer::go_on(job, journal, state)
+            }
+            None => {
+                job.check_output()?;
+                Writer::begin(job, journal)
+            }
         }
     }
 
@@ -308,7 +320,7 @@ impl Writer {
             if base.is_some_and(|base| base.single) {
                 link_first_shard(&self.job.out)?;
             }
-            Manifest::new(meta.classes.clone(), shards).write(&self.job.out)?;
+            self.publish_manifest(&Manifest::new(meta.classes.clone(), shards))?;
         }
         self.finished = true;
         fs::remove_file(self.journal.path()).map_err(Error::io("remove", self.journal.path()))?;
@@ -321,6 +333,16 @@ impl Writer {
     /// [`Error::Io`] when the disk refuses; what was noted before stays.
     pub fn suspend(mut self) -> Result<()> {
         if self.frames > 0 { self.note(None) } else { Ok(()) }
+    }
+
+    /// In place of the dataset that is added to; otherwise there must be nothing yet, but perhaps this very manifest.
+    fn publish_manifest(&self, manifest: &Manifest) -> Result<()> {
+        let out = &self.job.out;
+        let is_there = || out.is_file() && Manifest::read(out).is_ok_and(|there| there.as_ref() == Some(manifest));
+        if self.job.base.is_none() && !is_there() {
+            refuse_existing(out, self.job.force)?;
+        }
+        manifest.write(&tmp_path(out), out)
     }
 
     /// Forces everything to disk, then notes it in the journal.
@@ -489,6 +511,17 @@ pub(super) struct Recovered {
 /// Whether something unfinished is kept for the dataset at `out`.
 pub fn is_unfinished(out: &Path) -> bool {
     journal_path(out).exists()
+}
+
+/// The complete files of an unfinished job at `out`, if there is one.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Config`] when another process is at work there.
+pub fn noted_files(out: &Path) -> Result<Vec<ShardRef>> {
+    if !is_unfinished(out) {
+        return Ok(Vec::new());
+    }
+    super::resume::noted_files(&mut Journal::open(&journal_path(out))?)
 }
 
 /// The journal of the dataset at `out`.

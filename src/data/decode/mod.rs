@@ -6,7 +6,7 @@
 //! bit; those of the lossless formats are what Pillow gives, but that 16-bit grey keeps its high byte (Pillow makes nearly all
 //! of it white).
 //!
-//! Decoding takes at most 16 bytes of memory for each pixel the file declares, and 16 for each of its bytes; what is declared is
+//! Decoding takes at most 16 bytes of memory for each pixel the file declares, 16 for each of its bytes, and 2 MiB; what is declared is
 //! believed only up to what a file of its length can hold (tests/decode_bounds.rs).
 
 mod gif;

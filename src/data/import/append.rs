@@ -6,7 +6,7 @@ use super::source::{Fault, Item, Source};
 use super::store::Store;
 use crate::data::dataset::Dataset;
 use crate::data::manifest::{Manifest, ShardRef, shard_path};
-use crate::data::writer::Base;
+use crate::data::writer::{Base, noted_files};
 use crate::error::{Error, Result};
 
 /// The dataset at `out`, to which images stored as `store` are to be added.
@@ -21,12 +21,25 @@ pub fn base(out: &Path, store: Store) -> Result<Base> {
         return Err(Error::config("--append", what).with_hint(format!("--store {there}")));
     }
     if let Some(manifest) = Manifest::read(out)? {
+        let manifest = without_noted(&dataset, manifest, &noted_files(out)?);
         return Ok(Base { manifest, single: false });
     }
     let first = shard_path(out, 0);
     let name = first.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let shards = vec![ShardRef::new(name, dataset.shards()[0].header())];
     Ok(Base { manifest: Manifest::new(dataset.classes().to_vec(), shards), single: true })
+}
+
+/// The manifest without shards that the journal knows: when a call is killed after the manifest was replaced and before the
+/// journal was removed, the same call must find what it added to, or it would add the same again.
+fn without_noted(dataset: &Dataset, manifest: Manifest, noted: &[ShardRef]) -> Manifest {
+    let left = manifest.shards.len() - noted.len().min(manifest.shards.len());
+    if noted.is_empty() || left == 0 || !manifest.shards.ends_with(noted) {
+        return manifest;
+    }
+    // The newest shard has all classes of its time.
+    let classes = dataset.shards()[left - 1].meta().classes.clone();
+    Manifest::new(classes, manifest.shards[..left].to_vec())
 }
 
 /// A source with the class list of a dataset: its own classes take the numbers of the same names there, and new ones are

@@ -252,7 +252,8 @@ fn in_order<T: Send>(
 ) -> Result<()> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(options.threads).build();
     let pool = pool.map_err(|e| Error::config("--threads", e.to_string()))?;
-    let window = options.threads * if options.store == Store::Native { 4 } else { 16 };
+    // Large images are few at a time; those of a fixed size are small.
+    let window = options.threads * if matches!(options.store, Store::Square(_)) { 16 } else { 4 };
     let make = &make;
     pool.in_place_scope_fifo(|scope| {
         let mut waiting = VecDeque::with_capacity(window);
