@@ -24,6 +24,9 @@ pub const SEGMENT: u64 = 64 << 20;
 /// As much, in number: keeps the index entries that wait for it few.
 const SEGMENT_RECORDS: usize = 1 << 14;
 
+/// Collects small records. Longer ones, as 256 x 256 pixels, go past it and are not copied.
+const BUFFER: usize = 1 << 17;
+
 /// A record on its way into the file.
 #[derive(Debug)]
 pub struct NewRecord {
@@ -207,7 +210,7 @@ impl Writer {
             done: state.done,
             consumed: state.consumed,
             frames: state.frames,
-            file: BufWriter::with_capacity(1 << 20, file),
+            file: BufWriter::with_capacity(BUFFER, file),
             at: state.at,
             noted: state.at,
             summary: state.summary,
@@ -295,7 +298,7 @@ impl Writer {
         let path = self.job.file(self.done.len());
         let file = open_tmp(&path)?;
         file.set_len(0).map_err(Error::io("empty", &tmp_path(&path)))?;
-        self.file = BufWriter::with_capacity(1 << 20, file);
+        self.file = BufWriter::with_capacity(BUFFER, file);
         (self.at, self.noted, self.summary) = (0, 0, IndexSummary::default());
         self.put(&[0; HEADER_LEN])
     }
