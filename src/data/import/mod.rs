@@ -252,8 +252,7 @@ fn in_order<T: Send>(
 ) -> Result<()> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(options.threads).build();
     let pool = pool.map_err(|e| Error::config("--threads", e.to_string()))?;
-    // Large images are few at a time; those of a fixed size are small.
-    let window = options.threads * if matches!(options.store, Store::Square(_)) { 16 } else { 4 };
+    let window = options.store.window(options.threads);
     let make = &make;
     pool.in_place_scope_fifo(|scope| {
         let mut waiting = VecDeque::with_capacity(window);

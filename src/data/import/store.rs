@@ -52,6 +52,20 @@ impl Store {
     }
 }
 
+/// Bytes of finished records that may wait for the writer: what is decoded while it forces a segment to disk.
+const WAITING: usize = 64 << 20;
+
+impl Store {
+    /// Images that `threads` threads may be ahead of the writer.
+    pub fn window(self, threads: usize) -> usize {
+        match self {
+            Store::Square(side) => (WAITING / (3 * usize::from(side).pow(2))).clamp(4 * threads, 256 * threads),
+            // Of any size, so few.
+            _ => 4 * threads,
+        }
+    }
+}
+
 impl FromStr for Store {
     type Err = String;
 
