@@ -52,7 +52,7 @@ impl Place {
         let errors: Vec<&str> = text.lines().filter(|line| line.starts_with("error: ")).collect();
         assert!(matches!(errors[..], [line] if line.contains(expected)), "expected {expected:?} in {text:?}");
         assert!(!text.contains("panicked"), "{text}");
-        assert!(!self.at("out.ssds").exists() && !self.at("out.ssds.tmp").exists());
+        assert!(["out.ssds", "out.ssds.tmp", "out.ssds.journal"].iter().all(|name| !self.at(name).exists()));
     }
 }
 
@@ -230,6 +230,12 @@ fn unusable_folders_and_outputs_are_named() {
     place.fails(&["pics", "empty"], "empty: is a folder; the output is one file");
     place.fails(&["pics", "out.ssds", "--limit", "0"], "--limit: must be at least 1");
     place.fails(&["pics", "out.ssds", "--max-bad", "101"], "--max-bad: 101 is not a percentage");
+    // Before the work, not after it.
+    place.fails(&["pics", "out.ssds", "--report", "no/such/bad.tsv"], "no/such/bad.tsv: there is no folder no/such");
+    for sizes in [["--shard-size", "huge"], ["--shard-size", "0"], ["--segment", "0B"]] {
+        let text = stderr(&place.run(&[&["prepare", "pics", "out.ssds"][..], &sizes].concat()));
+        assert!(text.contains("expected a size above 0, as 4GB or 512MiB"), "{text}");
+    }
     place.fails(
         &["pics", "out.ssds", "--split", "train"],
         "pics has no train split; hint: expected a folder train in it",

@@ -57,8 +57,8 @@ pub struct PrepareArgs {
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
     /// Write shards of about this size (4GB, 512MiB); OUT becomes the small manifest that names them.
-    #[arg(long, value_name = "SIZE")]
-    shard_size: Option<ByteSize>,
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    shard_size: Option<u64>,
     /// Add the images to the dataset OUT, as a new shard. New classes come behind those that are there.
     #[arg(long, conflicts_with = "force")]
     append: bool,
@@ -69,8 +69,14 @@ pub struct PrepareArgs {
     #[arg(long)]
     restart: bool,
     /// Make what was done safe from a crash every SIZE bytes.
-    #[arg(long, value_name = "SIZE", default_value = "64MiB")]
-    segment: ByteSize,
+    #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = size)]
+    segment: u64,
+}
+
+/// A size as people write it.
+fn size(text: &str) -> Result<u64, String> {
+    let bytes = text.parse::<ByteSize>().ok().map(|size| size.as_u64()).filter(|&bytes| bytes > 0);
+    bytes.ok_or_else(|| "expected a size above 0, as 4GB or 512MiB".into())
 }
 
 pub fn run(args: PrepareArgs) -> Result<()> {
@@ -85,6 +91,9 @@ pub fn run(args: PrepareArgs) -> Result<()> {
     // Now rather than after minutes of listing a large folder.
     if !args.append && !is_unfinished(&args.out) {
         refuse_existing(&args.out, args.force)?;
+    }
+    if let Some(report) = &args.report {
+        refuse_existing(report, true)?;
     }
     let scratch = args.out.parent().unwrap_or(Path::new(""));
     let source = args.source_args.open(&args.source, scratch)?;
@@ -122,8 +131,8 @@ fn write(source: &dyn Source, args: &PrepareArgs, default_store: Store) -> Resul
         max_bad: args.max_bad,
         force: args.force,
         restart: args.restart,
-        shard_size: args.shard_size.map(|size| size.as_u64()),
-        segment: args.segment.as_u64().max(1),
+        shard_size: args.shard_size,
+        segment: args.segment,
         append: args.append,
     };
     let stop = stop_on_signal()?;
