@@ -42,17 +42,17 @@ fn run() -> Result<()> {
         Some(nvcc) => {
             println!("cargo::rerun-if-changed={}", nvcc.path.display());
             println!("cargo::rustc-env=SIMSIAM_NVCC={}.{}", nvcc.release.0, nvcc.release.1);
-            for kernel in compile_kernels(&nvcc, &root.join("kernels"), &out)? {
-                let Kernel { name, fatbin, archs } = kernel;
+            for module in compile_kernels(&nvcc, &root.join("kernels"), &out)? {
+                let Module { name, fatbin, archs } = module;
                 let bytes = format!("&Aligned(*include_bytes!({fatbin:?})).0");
-                table += &format!("    Kernel {{ name: {name:?}, fatbin: {bytes}, archs: &{archs:?} }},\n");
+                table += &format!("    Module {{ name: {name:?}, fatbin: {bytes}, archs: &{archs:?} }},\n");
             }
         }
         None if required => return Err(format!("nvcc not found and SIMSIAM_REQUIRE_NVCC=1: {HOW_TO_GET_NVCC}")),
         None => println!("cargo::rustc-env=SIMSIAM_NVCC=none"),
     }
     table.push_str("]\n");
-    write(&out.join("kernels.rs"), &table)
+    write(&out.join("modules.rs"), &table)
 }
 
 fn variable(name: &str) -> Result<String> {
@@ -157,17 +157,17 @@ fn in_active_python() -> Vec<PathBuf> {
 }
 
 /// A compiled file of `kernels/`.
-struct Kernel {
+struct Module {
     name: String,
     fatbin: PathBuf,
     archs: Vec<String>,
 }
 
 /// Compiles every `.cu` of `folder` whose fatbin in `out` is not that of the same sources, flags and compiler.
-fn compile_kernels(nvcc: &Nvcc, folder: &Path, out: &Path) -> Result<Vec<Kernel>> {
+fn compile_kernels(nvcc: &Nvcc, folder: &Path, out: &Path) -> Result<Vec<Module>> {
     let archs = parse_archs(&tracked("SIMSIAM_CUDA_ARCHS").unwrap_or(DEFAULT_ARCHS.into()))?;
     let mut flags: Vec<String> =
-        ["-fatbin", "-std=c++17", "-O3", "-lineinfo", "-Werror=all-warnings"].map(String::from).to_vec();
+        ["-fatbin", "-std=c++17", "-O3", "-fmad=false", "-lineinfo", "-Werror=all-warnings"].map(String::from).to_vec();
     flags.extend(archs.iter().flat_map(|arch| ["-gencode".to_string(), arch.gencode()]));
 
     let sources = files_in(folder, &["cu"])?;
@@ -194,9 +194,9 @@ fn compile_kernels(nvcc: &Nvcc, folder: &Path, out: &Path) -> Result<Vec<Kernel>
     })?;
 
     let archs: Vec<String> = archs.iter().map(Arch::code).collect();
-    let kernel =
-        |source: &PathBuf| Kernel { name: stem(source), fatbin: fatbin_path(out, source), archs: archs.clone() };
-    Ok(sources.iter().map(kernel).collect())
+    let module =
+        |source: &PathBuf| Module { name: stem(source), fatbin: fatbin_path(out, source), archs: archs.clone() };
+    Ok(sources.iter().map(module).collect())
 }
 
 /// One compilation, unless the stamp beside `fatbin` already carries `key`.

@@ -5,7 +5,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use simsiam_engine::backend::cuda::{Kernel, NVCC_RELEASE, compiled_kernels};
+use simsiam_engine::backend::cuda::{Module, NVCC_RELEASE, compiled_modules};
 use simsiam_engine::rng::{Stream, below, philox, unit};
 
 /// Whether this run may not pass by skipping.
@@ -17,7 +17,7 @@ fn required() -> bool {
 fn every_kernel_file_is_embedded_for_every_device() {
     if NVCC_RELEASE == "none" {
         assert!(!required(), "SIMSIAM_REQUIRE_NVCC=1, but built without nvcc");
-        assert!(compiled_kernels().is_empty());
+        assert!(compiled_modules().is_empty());
         println!("skipped: built without nvcc");
         return;
     }
@@ -26,8 +26,8 @@ fn every_kernel_file_is_embedded_for_every_device() {
     let mut sources: Vec<PathBuf> = names.filter(|path| path.extension().is_some_and(|x| x == "cu")).collect();
     sources.sort();
     let stems: Vec<&str> = sources.iter().map(|path| path.file_stem().unwrap().to_str().unwrap()).collect();
-    assert_eq!(compiled_kernels().iter().map(|kernel| kernel.name).collect::<Vec<_>>(), stems);
-    for kernel in compiled_kernels() {
+    assert_eq!(compiled_modules().iter().map(|kernel| kernel.name).collect::<Vec<_>>(), stems);
+    for kernel in compiled_modules() {
         assert!(!kernel.archs.is_empty());
         let mut promised: Vec<&str> = kernel.archs.iter().map(|arch| arch.trim_end_matches(['a', 'f'])).collect();
         promised.sort_unstable();
@@ -37,7 +37,7 @@ fn every_kernel_file_is_embedded_for_every_device() {
 }
 
 /// The entries of a fatbin (`sm_90` for 90a), sorted; read from the container itself: a header of 16 bytes, then entries of header and payload.
-fn contained_code(kernel: &Kernel) -> Vec<String> {
+fn contained_code(kernel: &Module) -> Vec<String> {
     const MAGIC: u32 = 0xBA55_ED50;
     let bytes = kernel.fatbin;
     let u16_at = |at: usize| u16::from_le_bytes(bytes[at..at + 2].try_into().unwrap());

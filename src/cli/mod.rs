@@ -29,7 +29,7 @@ use std::sync::LazyLock;
 use clap::{ArgAction, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use crate::backend::cuda::{NVCC_RELEASE, compiled_kernels};
+use crate::backend::cuda::{NVCC_RELEASE, compiled_modules};
 use crate::error::{Error, Result};
 
 /// SimSiam pretraining, fast, on one machine.
@@ -116,7 +116,7 @@ fn start_threads(threads: Option<usize>) -> Result<()> {
 }
 
 static LONG_VERSION: LazyLock<String> = LazyLock::new(|| {
-    let archs: BTreeSet<&str> = compiled_kernels().iter().flat_map(|kernel| kernel.archs).copied().collect();
+    let archs: BTreeSet<&str> = compiled_modules().iter().flat_map(|kernel| kernel.archs).copied().collect();
     let cuda = match archs.is_empty() {
         true => "none".to_string(),
         false => format!("{} (nvcc {NVCC_RELEASE})", Vec::from_iter(archs).join(" ")),

@@ -96,6 +96,7 @@ impl CpuExecutor {
             DType::F32 => bytemuck::cast_slice::<u8, f32>(bytes).iter().all(|v| v.is_finite()),
             DType::F64 => bytemuck::cast_slice::<u8, f64>(bytes).iter().all(|v| v.is_finite()),
             DType::Bf16 => bytemuck::cast_slice::<u8, u16>(bytes).iter().all(|v| half::bf16::from_bits(*v).is_finite()),
+            DType::F16 => bytemuck::cast_slice::<u8, u16>(bytes).iter().all(|v| half::f16::from_bits(*v).is_finite()),
             DType::I64 | DType::U8 => true,
         }
     }

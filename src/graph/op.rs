@@ -3,6 +3,7 @@
 use std::fmt::Debug;
 
 use crate::backend::cpu::CpuIo;
+use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::GradBuilder;
 use crate::tensor::TensorDesc;
@@ -51,6 +52,19 @@ pub trait Op: Debug + Send + Sync {
     /// # Errors
     /// [`Error::Unsupported`] for element types that the CPU does not compute in.
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()>;
+
+    /// Bytes of scratch that `cuda` may use.
+    fn cuda_workspace(&self, _inputs: &[&TensorDesc]) -> usize {
+        0
+    }
+
+    /// Launches the op's kernels on a CUDA device.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for ops and element types without a kernel; what a launch finds wrong.
+    fn cuda(&self, _io: &CudaIo<'_>) -> Result<()> {
+        Err(Error::Unsupported { what: format!("{} has no CUDA kernel", self.name()), hint: None })
+    }
 
     /// Floating-point operations of one execution; 0 where memory traffic is all that counts.
     fn flops(&self, _inputs: &[&TensorDesc]) -> u64 {

@@ -10,3 +10,10 @@ pub mod sgd;
 pub mod similarity;
 pub mod slice_rows;
 pub mod z_std;
+
+use crate::backend::cuda::Kernel;
+
+/// The declarations of all CUDA kernels.
+pub fn cuda_kernels() -> Vec<&'static Kernel> {
+    [relu::cuda::KERNELS].concat()
+}

@@ -1,6 +1,7 @@
 //! ReLU on its own, where no batch norm precedes it (the heads without batch norm).
 
 use crate::backend::cpu::CpuIo;
+use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
 use crate::graph::{GradBuilder, Op};
@@ -31,6 +32,10 @@ impl Op for Relu {
         });
         Ok(())
     }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        cuda::forward(io)
+    }
 }
 
 /// `d_x = d_y` where y > 0, else 0.
@@ -57,5 +62,38 @@ impl Op for ReluBackward {
             }
         });
         Ok(())
+    }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        cuda::backward(io)
+    }
+}
+
+pub(super) mod cuda {
+    #![allow(unsafe_code)] // launches
+
+    use crate::backend::cuda::kernel::kernels;
+    use crate::backend::cuda::{CudaIo, DevicePtr, Grid};
+    use crate::error::Result;
+
+    kernels! { "relu";
+        /// y = max(x, 0)
+        fn relu[F32, Bf16, F16; 256](x: DevicePtr, y: DevicePtr, n: i64);
+        /// d_x = d_y where y > 0, else 0
+        fn relu_backward[F32, Bf16, F16; 256](d_y: DevicePtr, y: DevicePtr, d_x: DevicePtr, n: i64);
+    }
+
+    pub fn forward(io: &CudaIo<'_>) -> Result<()> {
+        let n = io.inputs[0].desc.shape.len();
+        let call = relu(io.dtype(), io.inputs[0].ptr, io.outputs[0].ptr, n as i64);
+        // SAFETY: `infer` made y like x, so both have `n` elements.
+        unsafe { io.launch(Grid::packs(n, io.dtype()), call) }
+    }
+
+    pub fn backward(io: &CudaIo<'_>) -> Result<()> {
+        let n = io.inputs[0].desc.shape.len();
+        let call = relu_backward(io.dtype(), io.inputs[0].ptr, io.inputs[1].ptr, io.outputs[0].ptr, n as i64);
+        // SAFETY: `infer` checked that d_y and y are alike and made d_x like them, so all have `n` elements.
+        unsafe { io.launch(Grid::packs(n, io.dtype()), call) }
     }
 }

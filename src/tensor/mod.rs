@@ -16,6 +16,8 @@ pub enum DType {
     F32,
     /// bfloat16.
     Bf16,
+    /// 16-bit float.
+    F16,
     /// 64-bit signed integer (counters).
     I64,
     /// Byte.
@@ -28,7 +30,7 @@ impl DType {
         match self {
             DType::F64 | DType::I64 => 8,
             DType::F32 => 4,
-            DType::Bf16 => 2,
+            DType::Bf16 | DType::F16 => 2,
             DType::U8 => 1,
         }
     }
@@ -40,6 +42,7 @@ impl fmt::Display for DType {
             DType::F64 => "f64",
             DType::F32 => "f32",
             DType::Bf16 => "bf16",
+            DType::F16 => "f16",
             DType::I64 => "i64",
             DType::U8 => "u8",
         })
@@ -184,6 +187,7 @@ impl HostTensor {
             DType::F64 => widen::<f64>(&self.bytes, |x| x),
             DType::F32 => widen::<f32>(&self.bytes, f64::from),
             DType::Bf16 => widen::<u16>(&self.bytes, |x| half::bf16::from_bits(x).to_f64()),
+            DType::F16 => widen::<u16>(&self.bytes, |x| half::f16::from_bits(x).to_f64()),
             DType::I64 => widen::<i64>(&self.bytes, |x| x as f64),
             DType::U8 => self.bytes.iter().map(|&x| f64::from(x)).collect(),
         }

@@ -127,6 +127,7 @@ fn stored_dtype(dtype: DType) -> Dtype {
         DType::F64 => Dtype::F64,
         DType::F32 => Dtype::F32,
         DType::Bf16 => Dtype::BF16,
+        DType::F16 => Dtype::F16,
         DType::I64 => Dtype::I64,
         DType::U8 => Dtype::U8,
     }
@@ -137,6 +138,7 @@ fn known_dtype(dtype: Dtype) -> Option<DType> {
         Dtype::F64 => DType::F64,
         Dtype::F32 => DType::F32,
         Dtype::BF16 => DType::Bf16,
+        Dtype::F16 => DType::F16,
         Dtype::I64 => DType::I64,
         Dtype::U8 => DType::U8,
         _ => return None,

@@ -1,8 +1,16 @@
-//! CUDA: the kernels that were compiled into this binary.
+//! CUDA: the kernels that were compiled into this binary, and the devices that run them.
+
+pub mod driver;
+pub mod io;
+pub mod kernel;
+
+pub use driver::Driver;
+pub use io::{CudaIo, DeviceOutput, DeviceTensor};
+pub use kernel::{Call, DevicePtr, Grid, Kernel};
 
 /// One file of `kernels/`, compiled for several devices.
 #[derive(Debug)]
-pub struct Kernel {
+pub struct Module {
     /// The file's name without extension.
     pub name: &'static str,
     /// NVIDIA's container of the compiled code, 16-byte aligned.
@@ -16,11 +24,11 @@ pub struct Kernel {
 #[repr(C, align(16))]
 struct Aligned<const N: usize>([u8; N]);
 
-static KERNELS: &[Kernel] = &include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+static MODULES: &[Module] = &include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 
-/// All compiled kernels; none when the crate was built without nvcc.
-pub fn compiled_kernels() -> &'static [Kernel] {
-    KERNELS
+/// All compiled files; none when the crate was built without nvcc.
+pub fn compiled_modules() -> &'static [Module] {
+    MODULES
 }
 
 /// The release of nvcc that compiled them, or "none".

@@ -1,0 +1,55 @@
+//! What the engine asks of a CUDA device, whether it is one or emulated on the CPU.
+#![allow(unsafe_code)] // declares launches, whose conditions callers discharge
+
+use std::fmt::Debug;
+
+use crate::error::Result;
+
+use super::kernel::{Call, DevicePtr, Grid};
+
+/// A device with one stream: everything runs in the order of the calls. Memory belongs to the driver until it is dropped.
+pub trait Driver: Debug + Send + Sync {
+    /// What the device is, for people: `NVIDIA H100 80GB HBM3` or `emulated on 2 CPU threads`.
+    fn name(&self) -> String;
+
+    /// Reserves memory at a multiple of 256 bytes; its content is undefined.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Unsupported`] when there is not enough, with what was asked for and what is free.
+    fn allocate(&self, bytes: usize) -> Result<DevicePtr>;
+
+    /// Gives back what `allocate` returned.
+    ///
+    /// # Errors
+    /// A fault of an earlier launch.
+    fn free(&self, memory: DevicePtr) -> Result<()>;
+
+    /// Copies host bytes to the device.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Unsupported`] when `to` is no memory of this driver with room for `bytes`; a fault of an
+    /// earlier launch.
+    fn upload(&self, to: DevicePtr, bytes: &[u8]) -> Result<()>;
+
+    /// Waits for all launches and copies bytes of the device to the host.
+    ///
+    /// # Errors
+    /// As [`Driver::upload`].
+    fn download(&self, from: DevicePtr, bytes: &mut [u8]) -> Result<()>;
+
+    /// Starts a kernel.
+    ///
+    /// # Errors
+    /// A launch that the device refuses; under the emulator also every fault that it finds in the kernel.
+    ///
+    /// # Safety
+    /// With these arguments and this grid, the kernel must touch only memory of this driver that is allocated, in bounds of
+    /// the buffers it is given, and that no other kernel of this launch order expects unchanged.
+    unsafe fn launch(&self, grid: Grid, call: Call) -> Result<()>;
+
+    /// Waits for everything that was started.
+    ///
+    /// # Errors
+    /// A fault of an earlier launch.
+    fn synchronize(&self) -> Result<()>;
+}
