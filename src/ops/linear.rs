@@ -49,6 +49,10 @@ impl Op for Linear {
         Ok(())
     }
 
+    fn by_library(&self) -> bool {
+        true
+    }
+
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
         let ([m, k], [n, _]) = (dims("linear", "x", io.inputs[0].desc)?, dims("linear", "w", io.inputs[1].desc)?);
         dispatch_real!("linear", io.inputs[0].desc.dtype, T => {
@@ -89,6 +93,10 @@ impl Op for LinearDgrad {
         true
     }
 
+    fn by_library(&self) -> bool {
+        true
+    }
+
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
         let [m, n] = dims("linear_dgrad", "d_y", io.inputs[0].desc)?;
         let [_, k] = dims("linear_dgrad", "w", io.inputs[1].desc)?;
@@ -124,6 +132,10 @@ impl Op for LinearWgrad {
     }
 
     fn accumulates(&self) -> bool {
+        true
+    }
+
+    fn by_library(&self) -> bool {
         true
     }
 

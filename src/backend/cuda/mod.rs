@@ -1,9 +1,12 @@
 //! CUDA: the kernels that were compiled into this binary, and the devices that run them.
 
+mod allocations;
+pub mod device;
 pub mod driver;
 pub mod io;
 pub mod kernel;
 
+pub use device::CudaDevice;
 pub use driver::Driver;
 pub use io::{CudaIo, DeviceOutput, DeviceTensor};
 pub use kernel::{Call, DevicePtr, Grid, Kernel};
