@@ -6,7 +6,7 @@ use simsiam_engine::tensor::DType;
 
 fn replay(tier: Tier) {
     let outcomes = simsiam_engine::selftest::run(None, &Device::Cpu(tier), &[DType::F64, DType::F32], |_| ()).unwrap();
-    assert_eq!(outcomes.len(), 5);
+    assert_eq!(outcomes.len(), 6);
     for outcome in &outcomes {
         println!(
             "{}: {} ({:.3} of the tolerance: {})",

@@ -14,6 +14,7 @@ use crate::tensor::safetensors::{self, NamedTensors};
 /// The set that travels in the binary.
 const EMBEDDED: &[(&str, &[u8])] = &[
     ("ops.safetensors", include_bytes!("../../tests/golden/ops.safetensors")),
+    ("shapes.safetensors", include_bytes!("../../tests/golden/shapes.safetensors")),
     ("basic-cifar-2layer.safetensors", include_bytes!("../../tests/golden/basic-cifar-2layer.safetensors")),
     ("basic-imagenet-3layer.safetensors", include_bytes!("../../tests/golden/basic-imagenet-3layer.safetensors")),
     ("bottleneck-cifar-2layer.safetensors", include_bytes!("../../tests/golden/bottleneck-cifar-2layer.safetensors")),

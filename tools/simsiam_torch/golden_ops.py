@@ -408,6 +408,16 @@ def _error(got, want):
     return float((got - want).abs().max())
 
 
+def own_errors(op, attributes, inputs, d_out, results):
+    """Yields ("err32", {tensor: error}) and, where the op runs in it, ("err16", ...): PyTorch's own errors against `results`."""
+    for key, dtype in (("err32", torch.float32), ("err16", torch.bfloat16)):
+        if dtype == torch.bfloat16 and op in _NO_BFLOAT16:
+            continue
+        outputs, d_in = run(op, attributes, inputs, d_out, dtype)
+        low = {f"out/{n}": t for n, t in outputs.items()} | {f"d_in/{n}": t for n, t in d_in.items()}
+        yield key, {name: float(f"{_error(low[name], tensor):.3g}") for name, tensor in results.items()}
+
+
 def make(path):
     """Writes the op goldens."""
     tensors, table = {}, {}
@@ -420,13 +430,8 @@ def make(path):
         outputs, d_in = run(op, attributes, inputs, d_out)
 
         row = {"op": op, **attributes, "smooth": case not in _NOT_SMOOTH}
-        for key, dtype in (("err32", torch.float32), ("err16", torch.bfloat16)):
-            if dtype == torch.bfloat16 and op in _NO_BFLOAT16:
-                continue
-            out_low, d_low = run(op, attributes, inputs, d_out, dtype)
-            errors = {f"out/{n}": _error(out_low[n], t) for n, t in outputs.items()}
-            errors |= {f"d_in/{n}": _error(d_low[n], t) for n, t in d_in.items()}
-            row[key] = {name: float(f"{e:.3g}") for name, e in errors.items()}
+        results = {f"out/{n}": t for n, t in outputs.items()} | {f"d_in/{n}": t for n, t in d_in.items()}
+        row |= dict(own_errors(op, attributes, inputs, d_out, results))
         table[case] = row
         for role, group in (("in", inputs), ("out", outputs), ("d_out", d_out), ("d_in", d_in)):
             tensors |= {f"{case}/{role}/{name}": tensor for name, tensor in group.items()}
