@@ -75,6 +75,12 @@ pub trait Op: Debug + Send + Sync {
     fn flops(&self, _inputs: &[&TensorDesc]) -> u64 {
         0
     }
+
+    /// Bytes that one execution cannot but move through memory: every input and output once, unless an op has to read one
+    /// again after all of it was seen.
+    fn bytes(&self, inputs: &[&TensorDesc], outputs: &[&TensorDesc]) -> u64 {
+        inputs.iter().chain(outputs).map(|tensor| tensor.bytes() as u64).sum()
+    }
 }
 
 /// Runs `$body` with `$T` bound to the CPU's compute type for `$dtype` (f32 or f64); any other dtype is an error.

@@ -5,6 +5,7 @@ pub mod device;
 pub mod driver;
 pub mod io;
 pub mod kernel;
+pub mod resources;
 
 pub use device::CudaDevice;
 pub use driver::Driver;
@@ -20,6 +21,8 @@ pub struct Module {
     pub fatbin: &'static [u8],
     /// What the container holds: `sm_90a` is machine code of that generation, `compute_80` PTX for it and later ones.
     pub archs: &'static [&'static str],
+    /// What the assembler said of each kernel, see [`resources`].
+    pub log: &'static str,
 }
 
 /// Gives embedded bytes the alignment that the driver reads them with.
