@@ -1,5 +1,7 @@
 //! CUDA: the kernels that were compiled into this binary, and the devices that run them.
 
+pub mod ceilings;
+pub mod check;
 pub mod driver;
 pub mod io;
 pub mod kernel;
@@ -29,6 +31,11 @@ static MODULES: &[Module] = &include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 /// All compiled files; none when the crate was built without nvcc.
 pub fn compiled_modules() -> &'static [Module] {
     MODULES
+}
+
+/// The declarations of the kernels that belong to no op.
+pub fn kernels() -> Vec<&'static Kernel> {
+    [ceilings::KERNELS, check::KERNELS].concat()
 }
 
 /// The release of nvcc that compiled them, or "none".
