@@ -168,7 +168,9 @@ struct Module {
 fn compile_kernels(nvcc: &Nvcc, folder: &Path, out: &Path) -> Result<Vec<Module>> {
     let archs = parse_archs(&tracked("SIMSIAM_CUDA_ARCHS").unwrap_or(DEFAULT_ARCHS.into()))?;
     let mut flags: Vec<String> =
-        ["-fatbin", "-std=c++17", "-O3", "-fmad=false", "-lineinfo", "-Werror=all-warnings", "-Xptxas", "-v"].map(String::from).to_vec();
+        ["-fatbin", "-std=c++17", "-O3", "-fmad=false", "-lineinfo", "-Werror=all-warnings", "-Xptxas", "-v"]
+            .map(String::from)
+            .to_vec();
     flags.extend(archs.iter().flat_map(|arch| ["-gencode".to_string(), arch.gencode()]));
 
     let sources = files_in(folder, &["cu"])?;

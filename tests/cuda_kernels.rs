@@ -32,7 +32,11 @@ fn every_kernel_has_the_parameters_that_rust_passes() {
     let mut in_code = BTreeMap::new();
     for module in compiled_modules() {
         let found = entries(module);
-        assert!(!found.is_empty(), "no PTX with a kernel in {}: built with SIMSIAM_CUDA_ARCHS without -ptx?", module.name);
+        assert!(
+            !found.is_empty(),
+            "no PTX with a kernel in {}: built with SIMSIAM_CUDA_ARCHS without -ptx?",
+            module.name
+        );
         in_code.extend(found);
     }
     let mut declared = BTreeMap::new();

@@ -51,7 +51,11 @@ pub fn run(args: &KernelsArgs) -> Result<()> {
 
 fn table(out: &mut dyn Write, found: &[Resources]) -> io::Result<()> {
     writeln!(out, "compiled by nvcc {NVCC_RELEASE}\n")?;
-    writeln!(out, "{:<36} {:<8} {:>9} {:>12} {:>10} {:>11}", "kernel", "arch", "registers", "shared bytes", "stack", "spill bytes")?;
+    writeln!(
+        out,
+        "{:<36} {:<8} {:>9} {:>12} {:>10} {:>11}",
+        "kernel", "arch", "registers", "shared bytes", "stack", "spill bytes"
+    )?;
     for Resources { kernel, arch, registers, shared, stack, spills } in found {
         writeln!(out, "{kernel:<36} {arch:<8} {registers:>9} {shared:>12} {stack:>10} {spills:>11}")?;
     }

@@ -54,8 +54,11 @@ impl CpuExecutor {
         let workspace = writes.pop().unwrap_or_default();
         let mut writes = writes.into_iter();
         let inputs = node.inputs.iter().zip(reads);
-        let output =
-            |id: &ValueId, bytes, mode| Output { desc: tape.desc(*id), bytes, accumulate: mode == WriteMode::Accumulate };
+        let output = |id: &ValueId, bytes, mode| Output {
+            desc: tape.desc(*id),
+            bytes,
+            accumulate: mode == WriteMode::Accumulate,
+        };
         let mut io = CpuIo {
             inputs: inputs.map(|(id, bytes)| Input { desc: tape.desc(*id), bytes }).collect(),
             outputs: node

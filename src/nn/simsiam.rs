@@ -171,7 +171,7 @@ fn record_update(
         ParamGroup::Encoder => StepParam::Lr,
         ParamGroup::Predictor => StepParam::PredictorLr,
     });
-    let op = SgdUpdate { lr: lr.collect() };
+    let op = SgdUpdate { lr: lr.collect(), copies: Vec::new() };
     let inputs: Vec<ValueId> = [step_params].into_iter().chain(gradients.iter().map(|(_, g)| *g)).collect();
     let updates: Vec<ValueId> = trained.iter().map(|p| p.value).chain(momenta.iter().map(|(_, v)| *v)).collect();
     tape.scoped("sgd", |tape| tape.update(op, &inputs, &updates))?;

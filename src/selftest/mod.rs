@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::exec::Device;
-use crate::tensor::{DType, HostTensor};
 use crate::tensor::safetensors::{self, NamedTensors};
+use crate::tensor::{DType, HostTensor};
 
 /// The set that travels in the binary.
 const EMBEDDED: &[(&str, &[u8])] = &[
@@ -115,7 +115,12 @@ impl Golden {
 ///
 /// # Errors
 /// Unreadable folders or files; a mismatch is no error but an [`Outcome`] that did not pass.
-pub fn run(folder: Option<&Path>, device: &Device, dtypes: &[DType], mut report: impl FnMut(&Outcome)) -> Result<Vec<Outcome>> {
+pub fn run(
+    folder: Option<&Path>,
+    device: &Device,
+    dtypes: &[DType],
+    mut report: impl FnMut(&Outcome),
+) -> Result<Vec<Outcome>> {
     let mut outcomes = Vec::new();
     let mut replay = |path: PathBuf, (tensors, metadata): (NamedTensors, BTreeMap<String, String>)| -> Result<()> {
         let outcome = Golden { path, tensors, metadata }.replay(device, dtypes)?;

@@ -14,8 +14,12 @@ use crate::error::{Error, Result};
 use crate::exec::Device;
 use crate::graph::{Role, Tape, ValueId, backward, builtin};
 use crate::ops::batch_norm::{BatchNorm, BatchNormEval, Fusion};
+use crate::ops::bias::AddBias;
 use crate::ops::conv2d::{Conv2d, gradient_dtype};
+use crate::ops::lars::LarsUpdate;
+use crate::ops::layout::{NchwToNhwc, NhwcToNchw};
 use crate::ops::linear::Linear;
+use crate::ops::pad_channels::PadChannels;
 use crate::ops::pool::{GlobalAvgPool, MaxPool};
 use crate::ops::relu::Relu;
 use crate::ops::sgd::{SgdUpdate, StepParam};
@@ -80,6 +84,11 @@ enum OpCase {
     SoftmaxXent { z_shift: usize },
     ZStd,
     Sgd { lr: f64, momentum: f64, weight_decay: f64 },
+    Lars { lr: f64, momentum: f64, weight_decay: f64, trust: f64, eps: f64, adapted: Vec<bool> },
+    AddBias,
+    PadChannels { channels: usize },
+    NchwToNhwc { channels: usize },
+    NhwcToNchw { channels: usize },
     SliceRows { start: usize, len: usize },
     Add,
 }
@@ -169,7 +178,21 @@ impl Replay<'_> {
                 self.op(Similarity { kind: Kind::SoftmaxXent, z_shift }, &["p", "z"], &["loss"])
             }
             OpCase::ZStd => self.op(ZStd, &["z"], &["z_std"]),
-            OpCase::Sgd { lr, momentum, weight_decay } => self.sgd([lr, lr, momentum, weight_decay]),
+            OpCase::Sgd { lr, momentum, weight_decay } => {
+                let op = SgdUpdate { lr: vec![StepParam::Lr], copies: Vec::new() };
+                self.optimiser(op, [lr, lr, momentum, weight_decay], &["g"], &["w"], &["v"])
+            }
+            OpCase::Lars { lr, momentum, weight_decay, trust, eps, ref adapted } => {
+                let names = |prefix: &str| (0..adapted.len()).map(|i| format!("{prefix}{i}")).collect::<Vec<_>>();
+                let op = LarsUpdate { lr: vec![StepParam::Lr; adapted.len()], adapted: adapted.clone(), trust, eps };
+                let [g, w, v] = ["g", "w", "v"].map(names);
+                let [g, w, v] = [&g, &w, &v].map(|names| names.iter().map(String::as_str).collect::<Vec<_>>());
+                self.optimiser(op, [lr, lr, momentum, weight_decay], &g, &w, &v)
+            }
+            OpCase::AddBias => self.op(AddBias, &["x", "b"], &["y"]),
+            OpCase::PadChannels { channels } => self.op(PadChannels { channels }, &["x"], &["y"]),
+            OpCase::NchwToNhwc { channels } => self.op(NchwToNhwc { channels, to: self.dtype }, &["x"], &["y"]),
+            OpCase::NhwcToNchw { channels } => self.op(NhwcToNchw { channels }, &["x"], &["y"]),
             OpCase::SliceRows { start, len } => self.op(SliceRows { start, len }, &["x"], &["y"]),
             OpCase::Add => self.op(builtin::Add, &["a", "b"], &["y"]),
         }
@@ -195,13 +218,21 @@ impl Replay<'_> {
         self.differentiate(&inputs, &["y", "mean", "rstd"], &recorded)
     }
 
-    fn sgd(&mut self, step_params: [f64; StepParam::COUNT]) -> Result<()> {
+    /// Records an optimiser over named gradients, weights and momenta.
+    fn optimiser(
+        &mut self,
+        op: impl crate::graph::Op + 'static,
+        step_params: [f64; StepParam::COUNT],
+        gradients: &[&str],
+        weights: &[&str],
+        momenta: &[&str],
+    ) -> Result<()> {
         let params = self.tape.leaf("step_params", StepParam::desc(), Role::Input, false);
         self.leaves.push((params, step_params.to_vec()));
-        let gradient = self.inputs(&["g"], Role::Input)?[0].1;
-        let state = self.inputs(&["w", "v"], Role::Parameter)?;
-        let op = SgdUpdate { lr: vec![StepParam::Lr] };
-        self.tape.update(op, &[params, gradient], &[state[0].1, state[1].1])?;
+        let gradients = self.inputs(gradients, Role::Input)?;
+        let state = self.inputs(&[weights, momenta].concat(), Role::Parameter)?;
+        let inputs: Vec<ValueId> = [params].into_iter().chain(gradients.iter().map(|(_, g)| *g)).collect();
+        self.tape.update(op, &inputs, &state.iter().map(|(_, value)| *value).collect::<Vec<_>>())?;
         self.results.extend(state.into_iter().map(|(name, value)| (format!("out/{name}"), value)));
         Ok(())
     }

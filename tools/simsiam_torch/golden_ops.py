@@ -152,6 +152,42 @@ def sgd(i, a):
     return {"w": w.detach(), "v": optimiser.state[w]["momentum_buffer"]}
 
 
+def lars(i, a):
+    """Apex's LARC (github.com/NVIDIA/apex, apex/parallel/LARC.py) with clip=False, in its formulas: the gradient, with weight
+    decay, times trust |w| / (|g| + weight_decay |w| + eps) where both norms are above 0, the bare gradient where not; then
+    SGD without weight decay. The trust coefficient is the one of You, Gitman, Ginsburg (arXiv 1708.03888). A parameter that
+    is not adapted is treated as one of norm 0."""
+    weights = [torch.nn.Parameter(i[f"w{k}"].detach().clone()) for k in range(len(a["adapted"]))]
+    optimiser = torch.optim.SGD(weights, a["lr"], a["momentum"])
+    for k, (w, adapted) in enumerate(zip(weights, a["adapted"])):
+        g = i[f"g{k}"].detach().clone()
+        w_norm, g_norm = torch.linalg.vector_norm(w.detach()), torch.linalg.vector_norm(g)
+        if adapted and w_norm != 0 and g_norm != 0:
+            rate = a["trust"] * w_norm / (g_norm + w_norm * a["weight_decay"] + a["eps"])
+            g = (g + a["weight_decay"] * w.detach()) * rate
+        w.grad = g
+        optimiser.state[w]["momentum_buffer"] = i[f"v{k}"].detach().clone()
+    optimiser.step()
+    outputs = {f"w{k}": w.detach() for k, w in enumerate(weights)}
+    return outputs | {f"v{k}": optimiser.state[w]["momentum_buffer"] for k, w in enumerate(weights)}
+
+
+def add_bias(i, a):
+    return {"y": i["x"] + i["b"]}
+
+
+def pad_channels(i, a):
+    return {"y": F.pad(i["x"], (0, a["channels"] - i["x"].shape[-1]))}
+
+
+def nchw_to_nhwc(i, a):
+    return {"y": pad_channels({"x": nhwc(i["x"])}, a)["y"]}
+
+
+def nhwc_to_nchw(i, a):
+    return {"y": nchw(i["x"][..., : a["channels"]])}
+
+
 def slice_rows(i, a):
     return {"y": i["x"][a["start"] : a["start"] + a["len"]]}
 
@@ -173,10 +209,16 @@ OPS = {
     "softmax_xent": (softmax_xent, "loss", ("p", "z")),
     "z_std": (z_std, None, ()),
     "sgd": (sgd, None, ()),
+    "lars": (lars, None, ()),
+    "add_bias": (add_bias, "y", ("x", "b")),
+    "pad_channels": (pad_channels, "y", ("x",)),
+    "nchw_to_nhwc": (nchw_to_nhwc, "y", ("x",)),
+    "nhwc_to_nchw": (nhwc_to_nchw, "y", ("x",)),
     "slice_rows": (slice_rows, "y", ("x",)),
     "add": (add, "y", ("a", "b")),
 }
-_NO_BFLOAT16 = {"sgd"}
+# Optimisers keep float32, and one side of a change of layout is always float32.
+_NO_BFLOAT16 = {"sgd", "lars", "nchw_to_nhwc", "nhwc_to_nchw"}
 
 
 def run(op, attributes, inputs, d_out, dtype=torch.float64):
@@ -386,6 +428,39 @@ def _small_cases():
         inputs = {"w": draw.normal(*shape), "g": draw.normal(*shape, std=0.1)}
         inputs["v"] = torch.zeros_like(inputs["w"]) if first else draw.normal(*shape, std=0.3)
         yield case, "sgd", {"lr": 0.0625, "momentum": 0.9, "weight_decay": decay}, inputs
+
+    #        case            shapes                        weight decay  all adapted
+    table = [
+        ("linear_head",      [(10, 33), (10,)],            0.0,  True),
+        ("weight_decay",     [(7, 3, 3, 5), (31,), (4, 7)], 0.05, True),
+        ("without_vectors",  [(5, 24), (5,), (24, 2)],     0.01, False),
+    ]  # fmt: skip
+    for case, shapes, decay, all_adapted in table:
+        case = f"lars/{case}"
+        draw = Draw(case)
+        inputs = {}
+        for k, shape in enumerate(shapes):
+            inputs |= {f"w{k}": draw.normal(*shape), f"g{k}": draw.normal(*shape, std=0.1), f"v{k}": draw.normal(*shape, std=0.01)}
+        if decay == 0.0:
+            inputs["w1"] = torch.zeros_like(inputs["w1"])  # a bias at its start: no ratio
+        adapted = [all_adapted or len(shape) > 1 for shape in shapes]
+        attributes = {"lr": 1.6, "momentum": 0.9, "weight_decay": decay, "trust": 0.001, "eps": 1e-8, "adapted": adapted}
+        yield case, "lars", attributes, inputs
+
+    for case, shape in [("narrow", (33, 3)), ("one_row", (1, 24)), ("odd", (67, 31)), ("wide", (5, 264)), ("long", (1031, 8))]:
+        case = f"add_bias/{case}"
+        draw = Draw(case)
+        yield case, "add_bias", {}, {"x": draw.normal(*shape, mean=0.3), "b": draw.normal(shape[1])}
+
+    for case, shape, channels in [("image", (2, 5, 3, 3), 8), ("stem", (7, 3, 3, 3), 4), ("same", (3, 1, 2, 8), 8), ("odd", (33, 7), 31)]:
+        case = f"pad_channels/{case}"
+        yield case, "pad_channels", {"channels": channels}, {"x": Draw(case).normal(*shape)}
+
+    for case, shape, channels in [("image", (3, 3, 7, 5), 8), ("many_channels", (2, 37, 5, 9), 40), ("pixel", (1, 1, 1, 1), 1)]:
+        for op, there in (("nchw_to_nhwc", lambda n, c, h, w: (n, c, h, w)), ("nhwc_to_nchw", lambda n, c, h, w: (n, h, w, channels))):
+            case_name = f"{op}/{case}"
+            wanted = channels if op == "nchw_to_nhwc" else shape[1]
+            yield case_name, op, {"channels": wanted}, {"x": Draw(case_name).normal(*there(*shape))}
 
     for case, shape, start, length in [("4d", (5, 2, 3, 7), 2, 2), ("2d_first", (6, 5), 0, 3), ("2d_last", (6, 5), 3, 3)]:
         case = f"slice_rows/{case}"

@@ -179,13 +179,12 @@ impl Driver for CudaDevice {
             DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY) => {
                 let free = result::mem_get_info().map_or(0, |(free, _)| free);
                 let gb = |bytes: usize| bytes as f64 / 1e9;
-                let what = format!(
-                    "{}: out of memory: {:.2} GB asked for, {:.2} GB free",
-                    self.name,
-                    gb(bytes),
-                    gb(free)
-                );
-                unsupported(&what, "use a smaller --batch or --image-size; `simsiam-engine plan` shows what a setting needs")
+                let what =
+                    format!("{}: out of memory: {:.2} GB asked for, {:.2} GB free", self.name, gb(bytes), gb(free));
+                unsupported(
+                    &what,
+                    "use a smaller --batch or --image-size; `simsiam-engine plan` shows what a setting needs",
+                )
             }
             other => failed("reserve memory", other),
         })?;
@@ -328,7 +327,8 @@ fn unsupported(what: &str, hint: &str) -> Error {
 
 /// The driver said no. Faults inside a kernel show at whatever call comes next.
 fn failed(action: &str, error: DriverError) -> Error {
-    let text = |s: std::result::Result<&std::ffi::CStr, _>| s.map_or("unknown".into(), |s| s.to_string_lossy().into_owned());
+    let text =
+        |s: std::result::Result<&std::ffi::CStr, _>| s.map_or("unknown".into(), |s| s.to_string_lossy().into_owned());
     let (name, meaning) = (text(error.error_name()), text(error.error_string()));
     let hint = "`compute-sanitizer` finds the fault if it lies in a kernel";
     unsupported(&format!("the CUDA device cannot {action}: {name} ({meaning})"), hint)

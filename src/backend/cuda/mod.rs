@@ -1,10 +1,13 @@
 //! CUDA: the kernels that were compiled into this binary, and the devices that run them.
 
 mod allocations;
+pub mod ceilings;
+pub mod check;
 pub mod device;
 pub mod driver;
 pub mod io;
 pub mod kernel;
+pub mod random;
 pub mod resources;
 
 pub use device::CudaDevice;
@@ -35,6 +38,11 @@ static MODULES: &[Module] = &include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 /// All compiled files; none when the crate was built without nvcc.
 pub fn compiled_modules() -> &'static [Module] {
     MODULES
+}
+
+/// The declarations of the kernels that belong to no op.
+pub fn kernels() -> Vec<&'static Kernel> {
+    [ceilings::KERNELS, check::KERNELS, random::KERNELS].concat()
 }
 
 /// The release of nvcc that compiled them, or "none".

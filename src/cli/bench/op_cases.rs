@@ -7,7 +7,6 @@ use crate::cli::preset::Preset;
 use crate::error::Result;
 use crate::graph::{Op, Role, Tape, backward, builtin};
 use crate::ops::batch_norm::{BatchNorm, Fusion, channel_desc};
-use crate::ops::conv2d::gradient_dtype;
 use crate::ops::pool::{GlobalAvgPool, MaxPool};
 use crate::ops::sgd::{SgdUpdate, StepParam};
 use crate::ops::similarity::{Kind, Similarity};
@@ -112,7 +111,8 @@ struct Defaults {
 
 /// All parameters of ResNet-50 with SimSiam's heads.
 fn sgd() -> Result<Case> {
-    let graph = Defaults::parse_from(["bench"]).model.resolve(Preset::Imagenet)?.train_graph(2, 32, DType::F32, false)?;
+    let graph =
+        Defaults::parse_from(["bench"]).model.resolve(Preset::Imagenet)?.train_graph(2, 32, DType::F32, false)?;
     let params: Vec<TensorDesc> = graph.params.into_iter().filter(|p| p.trainable).map(|p| p.desc).collect();
     let elements: usize = params.iter().map(|desc| desc.shape.len()).sum();
     Ok(Case::new("sgd", &[params.len(), elements], move || {
@@ -123,7 +123,7 @@ fn sgd() -> Result<Case> {
         };
         let (gradients, weights) = (leaves("d_w", Role::Input), leaves("w", Role::Parameter));
         let momenta = leaves("v", Role::Optimiser);
-        let op = SgdUpdate { lr: vec![StepParam::Lr; params.len()] };
+        let op = SgdUpdate { lr: vec![StepParam::Lr; params.len()], copies: Vec::new() };
         let inputs: Vec<_> = [step_params].into_iter().chain(gradients).collect();
         let updates: Vec<_> = weights.into_iter().chain(momenta).collect();
         tape.update(op, &inputs, &updates)?;

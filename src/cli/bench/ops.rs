@@ -220,7 +220,11 @@ fn heading(out: &mut dyn Write, settings: &Settings, ceilings: &Ceilings) -> io:
         writeln!(out, "          without a GPU these figures only compare kernels with each other on this machine")?;
     }
     writeln!(out, "shapes    {} images, {} views, {}", settings.batch, 2 * settings.batch, settings.dtype)?;
-    writeln!(out, "\n{:<24} {:<8} {:<20} {:>10} {:>9} {:>7} {:>8}", "op", "pass", "shape", "time", "GB/s", "of copy", "TFLOP/s")
+    writeln!(
+        out,
+        "\n{:<24} {:<8} {:<20} {:>10} {:>9} {:>7} {:>8}",
+        "op", "pass", "shape", "time", "GB/s", "of copy", "TFLOP/s"
+    )
 }
 
 fn device_name(device: &exec::Device) -> String {
