@@ -11,15 +11,14 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
+// A kernel with an unmangled name, for blocks of exactly `threads` threads. Each is followed by EXPORT(name).
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
 #define EXPORT(name)
 // Shared memory whose size the launch decides; at most one per kernel.
 #define DYNAMIC_SHARED(T, name)                              \
     extern __shared__ __align__(16) unsigned char shared_[]; \
     T* const name = reinterpret_cast<T*>(shared_)
 #endif
-
-// A kernel with an unmangled name, for blocks of exactly `threads` threads. Each is followed by EXPORT(name).
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
 
 // Stamps INSTANTIATE(type, suffix) for each element type of activations.
 #define FOR_EACH_TYPE(INSTANTIATE) \
