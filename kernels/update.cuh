@@ -7,7 +7,7 @@
 constexpr int UPDATE_THREADS = 256;
 constexpr int CHUNK = 4096;    // elements of one block
 constexpr int CAPACITY = 512;  // parameters of one launch: ResNet-152 with its heads has 476
-constexpr int UPDATE_PACK = 8; // elements of one thread and round: 16 bytes of the copy, 2 x 16 of all else
+constexpr int UPDATE_PACK = 4; // elements of one thread and round
 
 // Positions in the buffer of hyper-parameters (StepParam in src/ops/sgd); those of the learning rates are in the table.
 constexpr int MOMENTUM = 2;
