@@ -3,9 +3,13 @@
 pub mod batch_norm;
 pub mod cast;
 pub mod conv2d;
+pub mod cosine_loss;
+pub mod cross_entropy;
+pub mod knn;
 pub mod linear;
 pub mod pool;
 pub mod relu;
+mod rows;
 pub mod sgd;
 pub mod similarity;
 pub mod slice_rows;
@@ -15,5 +19,14 @@ use crate::backend::cuda::Kernel;
 
 /// The declarations of all CUDA kernels.
 pub fn cuda_kernels() -> Vec<&'static Kernel> {
-    [relu::cuda::KERNELS].concat()
+    [
+        cosine_loss::cuda::KERNELS,
+        cross_entropy::cuda::KERNELS,
+        knn::cuda::KERNELS,
+        relu::cuda::KERNELS,
+        rows::KERNELS,
+        similarity::cuda::KERNELS,
+        z_std::cuda::KERNELS,
+    ]
+    .concat()
 }
