@@ -16,6 +16,8 @@ use crate::graph::{Role, Tape, ValueId, backward, builtin};
 use crate::ops::batch_norm::{BatchNorm, BatchNormEval, Fusion};
 use crate::ops::bias::AddBias;
 use crate::ops::conv2d::{Conv2d, gradient_dtype};
+use crate::ops::cosine_loss::CosineLoss;
+use crate::ops::cross_entropy::CrossEntropy;
 use crate::ops::lars::LarsUpdate;
 use crate::ops::layout::{NchwToNhwc, NhwcToNchw};
 use crate::ops::linear::Linear;
@@ -82,6 +84,8 @@ enum OpCase {
     Linear { bias: bool },
     NegativeCosine { z_shift: usize },
     SoftmaxXent { z_shift: usize },
+    CosineLoss { z_shift: usize },
+    CrossEntropy,
     ZStd,
     Sgd { lr: f64, momentum: f64, weight_decay: f64 },
     Lars { lr: f64, momentum: f64, weight_decay: f64, trust: f64, eps: f64, adapted: Vec<bool> },
@@ -177,6 +181,8 @@ impl Replay<'_> {
             OpCase::SoftmaxXent { z_shift } => {
                 self.op(Similarity { kind: Kind::SoftmaxXent, z_shift }, &["p", "z"], &["loss"])
             }
+            OpCase::CosineLoss { z_shift } => self.cosine_loss(z_shift),
+            OpCase::CrossEntropy => self.cross_entropy(),
             OpCase::ZStd => self.op(ZStd, &["z"], &["z_std"]),
             OpCase::Sgd { lr, momentum, weight_decay } => {
                 let op = SgdUpdate { lr: vec![StepParam::Lr], copies: Vec::new() };
@@ -216,6 +222,26 @@ impl Replay<'_> {
         let recorded = self.tape.record_updating(op, &inputs_only, &updates)?;
         self.results.extend(state.drain(..).map(|(name, value)| (format!("out/{name}"), value)));
         self.differentiate(&inputs, &["y", "mean", "rstd"], &recorded)
+    }
+
+    /// The target is a constant, and the gradient of the loss an input.
+    fn cosine_loss(&mut self, z_shift: usize) -> Result<()> {
+        let p = self.inputs(&["p"], Role::Input)?;
+        let z = self.leaf("in", "z", Role::Input, false)?;
+        let d_loss = self.leaf("d_out", "loss", Role::Input, false)?;
+        let recorded = self.tape.record(CosineLoss { z_shift }, &[p[0].1, z, d_loss])?;
+        self.compare_outputs(&["loss", "z_std"], &recorded);
+        self.compare_gradients(&p, &[(recorded[0], d_loss)])
+    }
+
+    fn cross_entropy(&mut self) -> Result<()> {
+        let logits = self.inputs(&["logits"], Role::Input)?;
+        let labels = self.golden.tensor(&format!("{}/in/labels", self.name))?;
+        let desc = TensorDesc::new(labels.desc().shape.dims(), DType::I64);
+        let leaf = self.tape.leaf("labels", desc, Role::Input, false);
+        self.leaves.push((leaf, labels.to_f64()));
+        let recorded = self.tape.record(CrossEntropy, &[logits[0].1, leaf])?;
+        self.differentiate(&logits, &["loss", "correct"], &recorded)
     }
 
     /// Records an optimiser over named gradients, weights and momenta.
@@ -265,14 +291,23 @@ impl Replay<'_> {
     }
 
     fn differentiate(&mut self, inputs: &[(String, ValueId)], outputs: &[&str], recorded: &[ValueId]) -> Result<()> {
+        self.compare_outputs(outputs, recorded);
         let mut seeds = Vec::new();
         for (name, &value) in outputs.iter().zip(recorded) {
-            self.results.push((format!("out/{name}"), value));
             if self.has("d_out", name) {
                 seeds.push((value, self.leaf("d_out", name, Role::Input, false)?));
             }
         }
-        let gradients = backward(&mut self.tape, &seeds)?;
+        self.compare_gradients(inputs, &seeds)
+    }
+
+    fn compare_outputs(&mut self, names: &[&str], recorded: &[ValueId]) {
+        let named = names.iter().zip(recorded);
+        self.results.extend(named.map(|(name, &value)| (format!("out/{name}"), value)));
+    }
+
+    fn compare_gradients(&mut self, inputs: &[(String, ValueId)], seeds: &[(ValueId, ValueId)]) -> Result<()> {
+        let gradients = backward(&mut self.tape, seeds)?;
         for (name, value) in inputs {
             if self.has("d_in", name) {
                 let gradient = gradients.get(value).ok_or_else(|| {
