@@ -35,7 +35,7 @@ const F64_RTOL: f64 = 1e-11;
 /// Error allowed in float32 beyond three times PyTorch's own, relative to the largest value of the tensor.
 const F32_RTOL: f64 = 1e-6;
 /// The tensors that stay in float32 when activations are in bfloat16 or float16.
-const MASTER: &[&str] = &["gamma", "beta", "running_mean", "running_var", "loss"];
+const MASTER: &[&str] = &["gamma", "beta", "b", "running_mean", "running_var", "loss"];
 
 /// One row of the table, as the file describes it.
 #[derive(Debug, Deserialize)]

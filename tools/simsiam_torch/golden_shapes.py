@@ -68,6 +68,7 @@ def _loss_cases():
             yield f"{op}/{rows}x{d}", op, {"z_shift": rows // 2}, inputs
         if rows > 1:
             yield f"z_std/{rows}x{d}", "z_std", {}, {"z": ((rows, d), "gapped")}
+            yield f"cosine_loss/{rows}x{d}", "cosine_loss", {"z_shift": rows // 2}, inputs
     yield f"z_std/{MANY}x3", "z_std", {}, {"z": ((MANY, 3), "gapped")}
 
 
@@ -76,6 +77,8 @@ def _elementwise_cases():
         name = "x".join(map(str, shape))
         yield f"relu/{name}", "relu", {}, {"x": (shape, "uniform")}
         yield f"add/{name}", "add", {}, {"a": (shape, "uniform"), "b": (shape, "gapped")}
+    for shape in [(33, 2048), (31, 7), (MANY, 3), (1, 24)]:
+        yield f"add_bias/{'x'.join(map(str, shape))}", "add_bias", {}, {"x": (shape, "uniform"), "b": (shape[-1:], "gapped")}
     for shape, start, length in [((33, 24), 31, 1), ((MANY, 3), 1, 100_000)]:
         yield f"slice_rows/{shape[0]}x{shape[1]}", "slice_rows", {"start": start, "len": length}, {"x": (shape, "uniform")}
     for shape in [(MANY,), (2048, 24), (1,)]:
