@@ -21,6 +21,13 @@
 // A kernel with an unmangled name, for blocks of exactly `threads` threads. Each is followed by EXPORT(name).
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
 
+// The same, with how many blocks a multiprocessor shall hold at least: keeps the compiler from spilling to fit more.
+#ifdef SIMSIAM_EMULATOR
+#define KERNEL_RESIDENT(threads, blocks) KERNEL(threads)
+#else
+#define KERNEL_RESIDENT(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+#endif
+
 // Stamps INSTANTIATE(type, suffix) for each element type of activations.
 #define FOR_EACH_TYPE(INSTANTIATE) \
     INSTANTIATE(float, f32)        \

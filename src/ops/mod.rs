@@ -6,6 +6,7 @@ pub mod conv2d;
 pub mod linear;
 pub mod pool;
 pub mod relu;
+mod row_tiles;
 pub mod sgd;
 pub mod similarity;
 pub mod slice_rows;
@@ -15,5 +16,5 @@ use crate::backend::cuda::Kernel;
 
 /// The declarations of all CUDA kernels.
 pub fn cuda_kernels() -> Vec<&'static Kernel> {
-    [relu::cuda::KERNELS].concat()
+    [batch_norm::cuda::KERNELS, pool::cuda::KERNELS, relu::cuda::KERNELS].concat()
 }
