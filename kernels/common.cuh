@@ -11,21 +11,15 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
+// A kernel with an unmangled name, for blocks of exactly `threads` threads. Each is followed by EXPORT(name).
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// The same, with how many blocks a multiprocessor shall hold at least: keeps the compiler from spilling to fit more.
+#define KERNEL_RESIDENT(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #define EXPORT(name)
 // Shared memory whose size the launch decides; at most one per kernel.
 #define DYNAMIC_SHARED(T, name)                              \
     extern __shared__ __align__(16) unsigned char shared_[]; \
     T* const name = reinterpret_cast<T*>(shared_)
-#endif
-
-// A kernel with an unmangled name, for blocks of exactly `threads` threads. Each is followed by EXPORT(name).
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
-
-// The same, with how many blocks a multiprocessor shall hold at least: keeps the compiler from spilling to fit more.
-#ifdef SIMSIAM_EMULATOR
-#define KERNEL_RESIDENT(threads, blocks) KERNEL(threads)
-#else
-#define KERNEL_RESIDENT(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #endif
 
 // Stamps INSTANTIATE(type, suffix) for each element type of activations.
