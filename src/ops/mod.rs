@@ -13,6 +13,7 @@ pub mod linear;
 pub mod pad_channels;
 pub mod pool;
 pub mod relu;
+mod row_tiles;
 mod rows;
 pub mod sgd;
 pub mod similarity;
@@ -25,7 +26,8 @@ use crate::graph::builtin;
 /// The declarations of all CUDA kernels: those of the ops here, of the graph's own and of the backend.
 pub fn cuda_kernels() -> Vec<&'static Kernel> {
     [
-bias::cuda::KERNELS,
+        batch_norm::cuda::KERNELS,
+        bias::cuda::KERNELS,
         cast::cuda::KERNELS,
         cosine_loss::cuda::KERNELS,
         cross_entropy::cuda::KERNELS,
@@ -33,6 +35,7 @@ bias::cuda::KERNELS,
         lars::cuda::KERNELS,
         layout::cuda::KERNELS,
         pad_channels::cuda::KERNELS,
+        pool::cuda::KERNELS,
         relu::cuda::KERNELS,
         rows::KERNELS,
         sgd::cuda::KERNELS,
