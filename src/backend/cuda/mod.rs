@@ -1,10 +1,14 @@
 //! CUDA: the kernels that were compiled into this binary, and the devices that run them.
 
 pub mod driver;
+#[cfg(feature = "emulator")]
+pub mod emulator;
 pub mod io;
 pub mod kernel;
 
 pub use driver::Driver;
+#[cfg(feature = "emulator")]
+pub use emulator::Emulator;
 pub use io::{CudaIo, DeviceOutput, DeviceTensor};
 pub use kernel::{Call, DevicePtr, Grid, Kernel};
 
