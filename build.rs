@@ -2,6 +2,8 @@
 //!
 //! Without nvcc the build succeeds with a warning and the CPU alone; `SIMSIAM_REQUIRE_NVCC=1` makes that an error.
 //! `NVCC=PATH` chooses the compiler, `NVCC=none` builds without CUDA, `SIMSIAM_CUDA_ARCHS=90a` compiles for fewer devices.
+//!
+//! With the feature `emulator` a C++ compiler (`CXX=PATH`) compiles the same kernels for the CPU.
 
 use std::ffi::OsStr;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -53,7 +55,23 @@ fn run() -> Result<()> {
         None => println!("cargo::rustc-env=SIMSIAM_NVCC=none"),
     }
     table.push_str("]\n");
-    write(&out.join("modules.rs"), &table)
+    write(&out.join("modules.rs"), &table)?;
+    if env::var_os("CARGO_FEATURE_EMULATOR").is_some() {
+        tracked("CXX");
+        build_emulator(&root.join("kernels/emulator/build.sh"), &out.join("emulator.so"))?;
+    }
+    Ok(())
+}
+
+fn build_emulator(script: &Path, library: &Path) -> Result<()> {
+    let output = Command::new(script).arg(library).output();
+    let output = output.map_err(|e| format!("cannot run {}: {e}", script.display()))?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    if !output.status.success() {
+        return Err(format!("cannot build the CUDA emulator, which the feature `emulator` asks for\n{said}"));
+    }
+    said.lines().for_each(|line| println!("cargo::warning={line}"));
+    Ok(())
 }
 
 fn variable(name: &str) -> Result<String> {

@@ -47,6 +47,13 @@ pub trait Driver: Debug + Send + Sync {
     /// As [`Driver::upload`].
     fn download(&self, from: DevicePtr, bytes: &mut [u8]) -> Result<()>;
 
+    /// Says that no kernel may touch these bytes from now on: a gap between buffers, on multiples of 8 bytes. A driver that
+    /// can watch them reports who does; copies may still reach them.
+    fn guard(&self, _from: DevicePtr, _bytes: usize) {}
+
+    /// Takes `guard` back.
+    fn unguard(&self, _from: DevicePtr, _bytes: usize) {}
+
     /// Starts a kernel.
     ///
     /// # Errors

@@ -5,6 +5,8 @@ pub mod ceilings;
 pub mod check;
 pub mod device;
 pub mod driver;
+#[cfg(feature = "emulator")]
+pub mod emulator;
 pub mod io;
 pub mod kernel;
 pub mod random;
@@ -12,6 +14,8 @@ pub mod resources;
 
 pub use device::CudaDevice;
 pub use driver::Driver;
+#[cfg(feature = "emulator")]
+pub use emulator::Emulator;
 pub use io::{CudaIo, DeviceOutput, DeviceTensor};
 pub use kernel::{Call, DevicePtr, Grid, Kernel};
 
