@@ -13,6 +13,8 @@
 #include <stdint.h>
 // A kernel with an unmangled name, for blocks of exactly `threads` threads. Each is followed by EXPORT(name).
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// The same, with how many blocks a multiprocessor shall hold at least: keeps the compiler from spilling to fit more.
+#define KERNEL_RESIDENT(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #define EXPORT(name)
 // Shared memory whose size the launch decides; at most one per kernel.
 #define DYNAMIC_SHARED(T, name)                              \

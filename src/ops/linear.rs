@@ -48,6 +48,10 @@ impl Op for Linear {
         Ok(())
     }
 
+    fn by_library(&self) -> bool {
+        true
+    }
+
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
         let ([m, k], [n, _]) = (dims("linear", "x", io.inputs[0].desc)?, dims("linear", "w", io.inputs[1].desc)?);
         dispatch_real!("linear", io.inputs[0].desc.dtype, T => {
@@ -88,6 +92,10 @@ impl Op for LinearDgrad {
         true
     }
 
+    fn by_library(&self) -> bool {
+        true
+    }
+
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
         let [m, n] = dims("linear_dgrad", "d_y", io.inputs[0].desc)?;
         let [_, k] = dims("linear_dgrad", "w", io.inputs[1].desc)?;
@@ -123,6 +131,10 @@ impl Op for LinearWgrad {
     }
 
     fn accumulates(&self) -> bool {
+        true
+    }
+
+    fn by_library(&self) -> bool {
         true
     }
 

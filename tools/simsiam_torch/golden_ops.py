@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from . import tensor_file
 
 # Kept in float32 when everything else is rounded to bfloat16.
-_FLOAT32_NAMES = {"gamma", "beta", "running_mean", "running_var", "loss"}
+_FLOAT32_NAMES = {"gamma", "beta", "running_mean", "running_var", "loss", "labels"}
 # How far from zero everything that enters a ReLU or a maximum stays, so that no rounding changes which side it is on.
 _MARGIN = 2e-4
 
@@ -143,6 +143,22 @@ def z_std(i, a):
     return {"z_std": F.normalize(z, dim=1).std(0).mean()}
 
 
+def cosine_loss(i, a):
+    """One node: the loss to a constant target, and z std."""
+    return negative_cosine(i | {"z": i["z"].detach()}, a) | z_std(i, a)
+
+
+def cross_entropy(i, a):
+    logits = i["logits"].float() if i["logits"].dtype == torch.bfloat16 else i["logits"]
+    labels = i["labels"].long()
+    # topk leaves the order of equal logits open: of those the lower class comes first.
+    target = logits.gather(1, labels[:, None])
+    classes = torch.arange(logits.shape[1])
+    rank = ((logits > target) | ((logits == target) & (classes < labels[:, None]))).sum(1)
+    correct = torch.stack([(rank < top).sum() for top in (1, 5)]).to(logits.dtype)
+    return {"loss": F.cross_entropy(logits, labels), "correct": correct}
+
+
 def sgd(i, a):
     w = torch.nn.Parameter(i["w"].detach().clone())
     w.grad = i["g"].detach().clone()
@@ -207,6 +223,8 @@ OPS = {
     "linear": (linear, "y", ("x", "w", "b")),
     "negative_cosine": (negative_cosine, "loss", ("p", "z")),
     "softmax_xent": (softmax_xent, "loss", ("p", "z")),
+    "cosine_loss": (cosine_loss, "loss", ("p",)),
+    "cross_entropy": (cross_entropy, "loss", ("logits",)),
     "z_std": (z_std, None, ()),
     "sgd": (sgd, None, ()),
     "lars": (lars, None, ()),
@@ -253,6 +271,8 @@ def cases():
     yield from _norm_cases()
     yield from _pool_and_linear_cases()
     yield from _loss_cases()
+    yield from _cosine_loss_cases()
+    yield from _cross_entropy_cases()
     yield from _small_cases()
 
 
@@ -416,6 +436,61 @@ def _loss_cases():
         yield case, "z_std", {}, {"z": Draw(case).normal(*shape, mean=mean)}
 
 
+def _cosine_loss_cases():
+    #        case                 rows of p, of z, dims, shift, mean of z
+    table = [
+        ("symmetric",             (10, 10, 17, 5), -0.1),
+        ("asymmetric",            (5, 10, 24, 5), 0.3),
+        ("shift_wraps",           (7, 9, 5, 6), 0.0),
+        ("two_columns",           (1, 2, 2, 1), 0.4),
+        ("three_columns",         (31, 33, 3, 16), -0.2),
+        ("wide_row",              (1, 2, 2048, 1), 0.1),
+        ("wide_odd_row",          (1, 2, 1031, 0), -0.3),
+        ("nearly_collapsed",      (9, 12, 64, 3), 8.0),
+    ]  # fmt: skip
+    for case, (m, r, d, shift), mean in table:
+        case = f"cosine_loss/{case}"
+        draw = Draw(case)
+        inputs = {"p": draw.normal(m, d, mean=0.2), "z": draw.normal(r, d, mean=mean, std=1.5)}
+        yield case, "cosine_loss", {"z_shift": shift}, inputs
+
+    # One odd row among ordinary ones, in p (row 1) and in z (row 0, the target of p's row 2).
+    for case, scale in [("small_norm", 1e-4), ("below_eps", 1e-10), ("below_both_eps", 1e-14), ("zero_row", 0.0)]:
+        case = f"cosine_loss/{case}"
+        draw = Draw(case)
+        p, z = draw.normal(3, 5), draw.normal(4, 5)
+        p[1] *= scale
+        z[0] *= scale
+        yield case, "cosine_loss", {"z_shift": 2}, {"p": p.float().double(), "z": z.float().double()}
+
+
+def _cross_entropy_cases():
+    #        case                rows, classes, std of logits
+    table = [
+        ("ten_classes",          (33, 10), 2.0),
+        ("three_classes",        (7, 3), 1.0),
+        ("one_class",            (2, 1), 1.0),
+        ("one_row",              (1, 24), 3.0),
+        ("thousand_classes",     (5, 1000), 4.0),
+        ("odd_thousands",        (1, 2049), 1.0),
+        ("wide",                 (1, 4104), 1.0),
+        ("large_values",         (5, 17), 60.0),
+    ]  # fmt: skip
+    for case, (m, classes), std in table:
+        case = f"cross_entropy/{case}"
+        draw = Draw(case)
+        logits, labels = draw.normal(m, classes, mean=-0.5, std=std), draw.integers(0, classes, m)
+        # Every second label has one of the larger logits, so that some are right.
+        for row in range(0, m, 2):
+            labels[row] = logits[row].argsort(descending=True)[min(row // 2 % 7, classes - 1)]
+        yield case, "cross_entropy", {}, {"logits": logits, "labels": labels}
+
+    # Few distinct logits: the rank of a label is decided by its place among equals.
+    case = "cross_entropy/equal_logits"
+    draw = Draw(case)
+    yield case, "cross_entropy", {}, {"logits": draw.integers(0, 3, 40, 9), "labels": draw.integers(0, 9, 40)}
+
+
 def _small_cases():
     for case, shape, decay, first in [
         ("first_step", (33,), 1e-4, True),
@@ -472,7 +547,15 @@ def _small_cases():
         yield case, "add", {}, {"a": draw.normal(*shape), "b": draw.normal(*shape)}
 
 
-_NOT_SMOOTH = {"max_pool/ties", "relu/zeros", "negative_cosine/below_eps", "negative_cosine/zero_row"}
+_NOT_SMOOTH = {
+    "max_pool/ties",
+    "relu/zeros",
+    "negative_cosine/below_eps",
+    "negative_cosine/zero_row",
+    "cosine_loss/below_eps",
+    "cosine_loss/below_both_eps",
+    "cosine_loss/zero_row",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -481,6 +564,16 @@ _NOT_SMOOTH = {"max_pool/ties", "relu/zeros", "negative_cosine/below_eps", "nega
 
 def _error(got, want):
     return float((got - want).abs().max())
+
+
+def own_errors(op, attributes, inputs, d_out, results):
+    """Yields ("err32", {tensor: error}) and, where the op runs in it, ("err16", ...): PyTorch's own errors against `results`."""
+    for key, dtype in (("err32", torch.float32), ("err16", torch.bfloat16)):
+        if dtype == torch.bfloat16 and op in _NO_BFLOAT16:
+            continue
+        outputs, d_in = run(op, attributes, inputs, d_out, dtype)
+        low = {f"out/{n}": t for n, t in outputs.items()} | {f"d_in/{n}": t for n, t in d_in.items()}
+        yield key, {name: float(f"{_error(low[name], tensor):.3g}") for name, tensor in results.items()}
 
 
 def make(path):
@@ -495,13 +588,8 @@ def make(path):
         outputs, d_in = run(op, attributes, inputs, d_out)
 
         row = {"op": op, **attributes, "smooth": case not in _NOT_SMOOTH}
-        for key, dtype in (("err32", torch.float32), ("err16", torch.bfloat16)):
-            if dtype == torch.bfloat16 and op in _NO_BFLOAT16:
-                continue
-            out_low, d_low = run(op, attributes, inputs, d_out, dtype)
-            errors = {f"out/{n}": _error(out_low[n], t) for n, t in outputs.items()}
-            errors |= {f"d_in/{n}": _error(d_low[n], t) for n, t in d_in.items()}
-            row[key] = {name: float(f"{e:.3g}") for name, e in errors.items()}
+        results = {f"out/{n}": t for n, t in outputs.items()} | {f"d_in/{n}": t for n, t in d_in.items()}
+        row |= dict(own_errors(op, attributes, inputs, d_out, results))
         table[case] = row
         for role, group in (("in", inputs), ("out", outputs), ("d_out", d_out), ("d_in", d_in)):
             tensors |= {f"{case}/{role}/{name}": tensor for name, tensor in group.items()}
