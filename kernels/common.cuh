@@ -69,6 +69,11 @@ template <int N, class T> __device__ __forceinline__ void store(T* to, const flo
     *reinterpret_cast<Pack<T, N>*>(to) = pack;
 }
 
+// Copies N elements bit for bit; both places are aligned to all N of them.
+template <int N, class T> __device__ __forceinline__ void copy_pack(T* to, const T* from) {
+    *reinterpret_cast<Pack<T, N>*>(to) = *reinterpret_cast<const Pack<T, N>*>(from);
+}
+
 // As `store`, or adds to what is there, in float, when `accumulate` is set.
 template <int N, class T> __device__ __forceinline__ void store_or_add(T* to, float (&value)[N], bool accumulate) {
     if (accumulate) {

@@ -1,23 +1,77 @@
-// Kernels with planted faults, each of which the emulator must catch, and one without any. Not part of the library: tests give
-// this file to build.sh.
+// What tests/emulator.rs runs, and gives to build.sh for it; not part of the library. First kernels without a fault, then each
+// fault that the emulator must catch.
 #include "common.cuh"
 
-// out[i] = sum over the block's elements and the neighbour's value, by all that the others do wrong: shared memory static and
-// dynamic, barriers, shuffles, partial masks. In blocks of 64, `in` and `out` have 64 elements for each block.
+// ---------------------------------------------------------------------------------------------------------------------
+// Without a fault.
+
+// out[i] = sum of the block's elements + the element of the neighbouring thread's mirror image + how many are positive: by
+// shared memory static and dynamic, barriers, and shuffles of some lanes while the others wait elsewhere. 256 bytes of dynamic
+// shared memory; `in` and `out` have 64 elements for each block.
 KERNEL(64) correct(const float* in, float* out) {
     __shared__ float scratch[64 / WARP];
     DYNAMIC_SHARED(float, copy);
     const int64_t i = global_thread();
     copy[threadIdx.x] = in[i];
     __syncthreads();
-    const float neighbour = copy[63 - threadIdx.x];
-    float other = neighbour;
-    if (threadIdx.x % WARP < 16) other = __shfl_down_sync(0x0000ffffu, neighbour, 1, 16);
-    const float total = block_sum<64>(copy[threadIdx.x], scratch);
-    const int positive = __syncthreads_count(neighbour > 0.0f);
-    out[i] = total + other + static_cast<float>(positive);
+    float mirrored = copy[63 - threadIdx.x];
+    const int positive = __syncthreads_count(mirrored > 0.0f);
+    if (threadIdx.x % WARP < 16) mirrored = __shfl_down_sync(0x0000ffffu, mirrored, 1, 16);
+    out[i] = block_sum<64>(copy[threadIdx.x], scratch) + mirrored + static_cast<float>(positive);
 }
 EXPORT(correct)
+
+KERNEL(256) narrow(const float* x, bf16* as_bf16, f16* as_f16, int64_t n) {
+    for (int64_t i = global_thread(); i < n; i += global_threads()) {
+        as_bf16[i] = from_float<bf16>(x[i]);
+        as_f16[i] = from_float<f16>(x[i]);
+    }
+}
+EXPORT(narrow)
+
+KERNEL(256) widen(const bf16* b, const f16* h, float* from_bf16, float* from_f16, int64_t n) {
+    for (int64_t i = global_thread(); i < n; i += global_threads()) {
+        from_bf16[i] = to_float(b[i]);
+        from_f16[i] = to_float(h[i]);
+    }
+}
+EXPORT(widen)
+
+constexpr int WARP_RESULTS = 12;
+
+// Each warp function of one value a lane, WARP_RESULTS results a thread.
+KERNEL(64) warp_functions(const int* in, int* out) {
+    const int x = in[threadIdx.x];
+    const unsigned lane = threadIdx.x % WARP;
+    const int results[WARP_RESULTS] = {
+        __shfl_sync(ALL_LANES, x, 5),
+        __shfl_sync(ALL_LANES, x, 11, 8),
+        __shfl_xor_sync(ALL_LANES, x, 9),
+        __shfl_up_sync(ALL_LANES, x, 3),
+        __shfl_down_sync(ALL_LANES, x, 7, 16),
+        static_cast<int>(__ballot_sync(ALL_LANES, x > 0)),
+        __any_sync(ALL_LANES, x == in[17]),
+        __all_sync(ALL_LANES, x > -50),
+        __reduce_add_sync(ALL_LANES, x),
+        __reduce_min_sync(ALL_LANES, x),
+        // Odd and even lanes on their own, at the same time.
+        __reduce_max_sync(lane % 2 ? 0xaaaaaaaau : 0x55555555u, x),
+        __syncthreads_or(x == in[40]) + 2 * __syncthreads_and(x > -100),
+    };
+    for (int i = 0; i < WARP_RESULTS; ++i) out[threadIdx.x * WARP_RESULTS + i] = results[i];
+}
+EXPORT(warp_functions)
+
+// Counts all threads of the grid, and finds the last.
+KERNEL(64) atomics(unsigned* count, unsigned long long* last, float* sum) {
+    atomicAdd(count, 1u);
+    atomicMax(last, static_cast<unsigned long long>(global_thread()) << 32);
+    atomicAdd(sum, 0.5f);
+}
+EXPORT(atomics)
+
+// ---------------------------------------------------------------------------------------------------------------------
+// With one.
 
 // The value is read before the thread that writes it is known to have done so.
 KERNEL(64) missing_barrier(float* out) {

@@ -72,8 +72,22 @@ pub(super) fn forward(op: &BatchNorm, io: &CudaIo<'_>) -> Result<()> {
     let [chunks, groups, channels] = [rows.chunks(tiles), rows.groups, rows.channels].map(|n| n as i32);
     let [running_mean, running_var, tracked] = [0, 1, 2].map(|i| io.updates[i].ptr);
     let call = batch_norm_finish_statistics(
-        dtype, partials, chunks, groups, x, rows.rows as i64, channels, gamma, op.eps, op.momentum, mean, rstd, scale,
-        running_mean, running_var, tracked,
+        dtype,
+        partials,
+        chunks,
+        groups,
+        x,
+        rows.rows as i64,
+        channels,
+        gamma,
+        op.eps,
+        op.momentum,
+        mean,
+        rstd,
+        scale,
+        running_mean,
+        running_var,
+        tracked,
     );
     // SAFETY: `infer` checked that gamma has x's channels and made mean and rstd [groups, channels]; the running statistics
     // are [channels], as `BatchNorm` demands, and scale is the workspace behind the partial sums.
@@ -144,7 +158,17 @@ pub(super) fn backward(op: &BatchNormBackward, io: &CudaIo<'_>) -> Result<()> {
     let ((d_gamma, accumulate_gamma), (d_beta, accumulate_beta)) = (affine(1), affine(2));
     let [chunks, groups, channels] = [rows.chunks(tiles), rows.groups, rows.channels].map(|n| n as i32);
     let call = batch_norm_finish_backward(
-        partials, chunks, groups, rows.rows as i64, channels, rstd, gamma, coefficients, d_gamma, accumulate_gamma, d_beta,
+        partials,
+        chunks,
+        groups,
+        rows.rows as i64,
+        channels,
+        rstd,
+        gamma,
+        coefficients,
+        d_gamma,
+        accumulate_gamma,
+        d_beta,
         accumulate_beta,
     );
     // SAFETY: rstd is [groups, channels] and gamma [channels], as the forward op's `infer` checked; `infer` made d_gamma and
@@ -155,7 +179,17 @@ pub(super) fn backward(op: &BatchNormBackward, io: &CudaIo<'_>) -> Result<()> {
     let all = (rows.groups * rows.channels) as i64;
     let tiles = rows.streaming();
     let call = batch_norm_backward_apply(
-        dtype, g, x, mask, mean, coefficients, all, d_x.ptr, i32::from(d_x.accumulate), late.unwrap_or_default(), tiles,
+        dtype,
+        g,
+        x,
+        mask,
+        mean,
+        coefficients,
+        all,
+        d_x.ptr,
+        i32::from(d_x.accumulate),
+        late.unwrap_or_default(),
+        tiles,
     );
     // SAFETY: as for the first pass; `infer` made d_x like x.
     unsafe { io.launch(rows.grid(tiles), call) }
