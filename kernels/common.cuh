@@ -18,8 +18,9 @@
     T* const name = reinterpret_cast<T*>(shared_)
 #endif
 
-// A kernel with an unmangled name, for blocks of exactly `threads` threads. Each is followed by EXPORT(name).
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// A kernel with an unmangled name, for blocks of exactly so many threads. Each is followed by EXPORT(name). A second number
+// is how many blocks a multiprocessor shall hold at least: it keeps the compiler from spilling in order to fit more.
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 
 // Stamps INSTANTIATE(type, suffix) for each element type of activations.
 #define FOR_EACH_TYPE(INSTANTIATE) \

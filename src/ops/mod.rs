@@ -1,5 +1,7 @@
-//! The ops: one file (or folder) each, with shape inference, backward and the CPU implementation.
+//! The ops: one file (or folder) each, with shape inference, backward and the CPU implementation. `augment` is none of a
+//! tape: it makes views on a device, for which `data` has no words.
 
+pub mod augment;
 pub mod batch_norm;
 pub mod cast;
 pub mod conv2d;
@@ -15,5 +17,5 @@ use crate::backend::cuda::Kernel;
 
 /// The declarations of all CUDA kernels.
 pub fn cuda_kernels() -> Vec<&'static Kernel> {
-    [relu::cuda::KERNELS].concat()
+    [augment::cuda::KERNELS, relu::cuda::KERNELS].concat()
 }
