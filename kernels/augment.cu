@@ -263,7 +263,7 @@ __device__ __forceinline__ void resize_columns(CropMemory& memory, const Augment
 // Cuts out and resizes views, takes them through the jitter up to its contrast and sums up the lumas for its mean.
 // pixels: bytes of all images, readable up to the next multiple of 16; planes[views][3][size][size].
 // Grid: tiles of a view x views. Tiles above each other both resample the rows at their border, fewer than 2 * support.
-KERNEL(TILE_THREADS, 2) augment_crop(const Pack<uint32_t, 4>* pixels, const AugmentView* views, const int32_t* firsts,
+KERNEL_RESIDENT(TILE_THREADS, 2) augment_crop(const Pack<uint32_t, 4>* pixels, const AugmentView* views, const int32_t* firsts,
                                   const float* weights, float* planes, uint64_t* lumas, int32_t size, int32_t capacity) {
     __shared__ AugmentView view;
     __shared__ CropMemory memory;
@@ -437,7 +437,7 @@ __device__ __forceinline__ void augment_finish(const float* planes, const Augmen
 // past the border. `one_by_one`: shared memory holds one channel instead of three, for a blur that reaches far.
 // Grid: tiles of a view x views; shared memory as `change_tile` says, for the largest reach.
 #define INSTANTIATE(T, S)                                                                                                  \
-    KERNEL(TILE_THREADS, 3)                                                                                                 \
+    KERNEL_RESIDENT(TILE_THREADS, 3)                                                                                                 \
     augment_finish_##S(const float* planes, const AugmentView* views, const uint64_t* lumas, T* out, int32_t size,         \
                        int32_t channels, int32_t reflect, int32_t strip_rows, int32_t one_by_one,                          \
                        Normalisation normalisation) {                                                                      \

@@ -1,6 +1,8 @@
 //! What the tests of the binary share.
 #![allow(dead_code)] // each test binary uses its own part
 
+pub mod sanitizer;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 

@@ -147,9 +147,15 @@ macro_rules! variants {
 }
 
 macro_rules! variant {
-    ($name:ident F32) => { (Some($crate::tensor::DType::F32), concat!(stringify!($name), "_f32")) };
-    ($name:ident Bf16) => { (Some($crate::tensor::DType::Bf16), concat!(stringify!($name), "_bf16")) };
-    ($name:ident F16) => { (Some($crate::tensor::DType::F16), concat!(stringify!($name), "_f16")) };
+    ($name:ident F32) => {
+        (Some($crate::tensor::DType::F32), concat!(stringify!($name), "_f32"))
+    };
+    ($name:ident Bf16) => {
+        (Some($crate::tensor::DType::Bf16), concat!(stringify!($name), "_bf16"))
+    };
+    ($name:ident F16) => {
+        (Some($crate::tensor::DType::F16), concat!(stringify!($name), "_f16"))
+    };
 }
 
 /// The function that makes a call: with the element type first where there are variants.
