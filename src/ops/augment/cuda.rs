@@ -54,10 +54,10 @@ struct Layout {
 }
 
 /// How the last kernel uses its shared memory.
-struct Strips {
-    channels: usize,
-    rows: usize,
-    bytes: usize,
+pub(super) struct Strips {
+    pub channels: usize,
+    pub rows: usize,
+    pub bytes: usize,
 }
 
 impl Augmentation {
@@ -83,7 +83,7 @@ impl Augmentation {
     }
 
     /// As many rows as fit, and all three channels if that leaves every warp a row.
-    fn strips(&self) -> Strips {
+    pub(super) fn strips(&self) -> Strips {
         let extent = TILE + 2 * self.reach;
         let fitting = |channels: usize| (SHARED_BYTES / (channels * extent * size_of::<f32>())).saturating_sub(TILE);
         let channels = if fitting(3) >= WARPS { 3 } else { 1 };

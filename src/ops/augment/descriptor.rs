@@ -13,14 +13,14 @@ const _: () = assert!(1 + MAX_REACH <= BLUR_TAPS);
 /// The filter of one axis.
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
-struct Axis {
+pub(super) struct Axis {
     start: f64,
     step: f64,
     support: f64,
     first: i32,
     end: i32,
     taps: i32,
-    mirrored: i32,
+    pub mirrored: i32,
 }
 
 impl Axis {
@@ -36,9 +36,9 @@ impl Axis {
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub struct ViewDescriptor {
-    offset: i64,
+    pub(super) offset: i64,
     /// Columns, rows.
-    axes: [Axis; 2],
+    pub(super) axes: [Axis; 2],
     row_bytes: i32,
     channels: i32,
     order: [i32; 4],

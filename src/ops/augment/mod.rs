@@ -181,3 +181,6 @@ fn check_crop(params: &ViewParams, (width, height): (u32, u32)) -> Result<()> {
     let got = format!("{} x {} from column {}, row {} on", crop.width, crop.height, crop.left, crop.top);
     Err(Error::shape("augment", "crop", format!("within {width} x {height}"), got))
 }
+
+#[cfg(test)]
+mod tests;
