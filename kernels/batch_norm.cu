@@ -24,7 +24,7 @@ __device__ __forceinline__ void statistics(const T* __restrict__ x, Partial* __r
     const Tile<N> tile(tiles, blockIdx.x);
     float shift[N] = {}, sums[2][N] = {};
     if (tile.inside) load(shift, x + tile.group * tiles.rows * tiles.channels + tile.channel);
-    tile.for_rows<4>([&](int64_t i, auto count) {
+    for_rows<4>(tile, [&](int64_t i, auto count) {
         constexpr int U = decltype(count)::value;
         float v[U][N];
         load_rows(v, x + i, tile.stride);
@@ -66,7 +66,7 @@ __device__ __forceinline__ void backward_reduce(const T* __restrict__ d_y, const
     const Tile<N> tile(tiles, blockIdx.x);
     float m[N] = {}, sums[2][N] = {};
     if (tile.inside) load(m, mean + tile.group * tiles.channels + tile.channel);
-    tile.for_rows<2>([&](int64_t i, auto count) {
+    for_rows<2>(tile, [&](int64_t i, auto count) {
         constexpr int U = decltype(count)::value;
         float g[U][N], v[U][N];
         load_rows(v, x + i, tile.stride);
@@ -211,7 +211,7 @@ __device__ __forceinline__ void apply(const T* __restrict__ x, const T* __restri
     load(m, mean + of_group);
     load(s, scale + of_group);
     if (beta) load(b, beta + tile.channel);
-    tile.for_rows<RESIDUAL ? 2 : 4>([&](int64_t i, auto count) {
+    for_rows<RESIDUAL ? 2 : 4>(tile, [&](int64_t i, auto count) {
         constexpr int U = decltype(count)::value;
         float v[U][N], r[U][N];
         load_rows(v, x + i, tile.stride);
@@ -243,7 +243,7 @@ __device__ __forceinline__ void backward_apply(const T* __restrict__ d_y, const 
     load(scale, coefficients + of_group);
     load(offset, coefficients + all + of_group);
     load(slope, coefficients + 2 * all + of_group);
-    tile.for_rows<2>([&](int64_t i, auto count) {
+    for_rows<2>(tile, [&](int64_t i, auto count) {
         constexpr int U = decltype(count)::value;
         float g[U][N], v[U][N];
         load_rows(v, x + i, tile.stride);

@@ -201,7 +201,7 @@ template <int N, class T>
 __device__ __forceinline__ void global_avg_pool(const T* __restrict__ x, T* __restrict__ y, const RowTiles& tiles) {
     const Tile<N> tile(tiles, blockIdx.x);
     double sums[N] = {};
-    tile.for_rows<4>([&](int64_t i, auto count) {
+    for_rows<4>(tile, [&](int64_t i, auto count) {
         constexpr int U = decltype(count)::value;
         float v[U][N];
         load_rows(v, x + i, tile.stride);
@@ -230,7 +230,7 @@ __device__ __forceinline__ void global_avg_pool_backward(const T* __restrict__ d
     load(share, d_y + tile.group * tiles.channels + tile.channel);
 #pragma unroll
     for (int k = 0; k < N; ++k) share[k] /= float(tiles.rows);
-    tile.for_rows<4>([&](int64_t i, auto count) {
+    for_rows<4>(tile, [&](int64_t i, auto count) {
         constexpr int U = decltype(count)::value;
         float value[U][N];
 #pragma unroll

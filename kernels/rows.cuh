@@ -50,16 +50,16 @@ template <int N> struct Tile {
         element = (group * tiles.rows + first + row) * channels + channel;
         stride = int64_t{step} * channels;
     }
-
-    // Calls f(i, Count<U>) for U rows at a time, then one by one: element i and those `stride` further on. U loads of each
-    // tensor are in flight together, which hides the latency of device memory.
-    template <int U, class F> __device__ __forceinline__ void for_rows(F f) const {
-        int r = row;
-        int64_t i = element;
-        for (; r + (U - 1) * step < end; r += U * step, i += U * stride) f(i, Count<U>{});
-        for (; r < end; r += step, i += stride) f(i, Count<1>{});
-    }
 };
+
+// Calls f(i, Count<U>) for U of the thread's rows at a time, then for one: element i and those `tile.stride` further on. U
+// loads of each tensor are in flight together, which hides the latency of device memory.
+template <int U, int N, class F> __device__ __forceinline__ void for_rows(const Tile<N>& tile, F f) {
+    int row = tile.row;
+    int64_t i = tile.element;
+    for (; row + (U - 1) * tile.step < tile.end; row += U * tile.step, i += U * tile.stride) f(i, Count<U>{});
+    for (; row < tile.end; row += tile.step, i += tile.stride) f(i, Count<1>{});
+}
 
 template <int U, int N, class T>
 __device__ __forceinline__ void load_rows(float (&to)[U][N], const T* from, int64_t stride) {

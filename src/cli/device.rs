@@ -46,7 +46,8 @@ impl Device {
 
 #[cfg(feature = "emulator")]
 fn emulator() -> Result<Arc<dyn Driver>> {
-    Ok(Arc::new(crate::backend::cuda::Emulator::new()?))
+    use crate::backend::cuda::emulator::{Emulator, Options};
+    Ok(Arc::new(Emulator::new(Options::from_environment()?)?))
 }
 
 #[cfg(not(feature = "emulator"))]

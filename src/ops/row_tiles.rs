@@ -14,7 +14,7 @@ const ROWS_AT_ONCE: usize = 4;
 
 /// Blocks of a pass that sums: two to three times as many as a large device holds, and few partial sums to combine.
 const SUMMING_BLOCKS: usize = 1024;
-/// Most rows that one thread adds up in float32, four at a time: bounds the rounding error of its sums.
+/// Most rows that one thread adds up in float32, in pairs or fours: bounds the rounding error of its sums.
 const SUMMING_ROUNDS: usize = 128;
 /// Blocks of a pass that writes a tensor.
 const STREAMING_BLOCKS: usize = 4096;

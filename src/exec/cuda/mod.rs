@@ -25,14 +25,21 @@ pub struct CudaExecutor {
 struct Arena {
     driver: Arc<dyn Driver>,
     memory: DevicePtr,
+    /// What no kernel may touch.
+    guards: Vec<Slot>,
 }
 
 impl Arena {
     fn new(driver: Arc<dyn Driver>, bytes: usize, fill: u8) -> Result<Arena> {
         let memory = driver.allocate(bytes.max(1))?;
-        let arena = Arena { driver, memory };
+        let arena = Arena { driver, memory, guards: Vec::new() };
         arena.driver.fill(memory, bytes, fill)?;
         Ok(arena)
+    }
+
+    fn guard(&mut self, guards: Vec<Slot>) {
+        guards.iter().for_each(|guard| self.driver.guard(self.at(*guard), guard.bytes));
+        self.guards = guards;
     }
 
     fn at(&self, slot: Slot) -> DevicePtr {
@@ -48,6 +55,7 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
+        self.guards.iter().for_each(|guard| self.driver.unguard(self.at(*guard), guard.bytes));
         if let Err(error) = self.driver.free(self.memory) {
             tracing::warn!("device memory was not given back: {error}");
         }
@@ -71,7 +79,8 @@ impl CudaExecutor {
     /// As [`CudaExecutor::new`].
     pub fn poisoned(tape: Tape, driver: Arc<dyn Driver>) -> Result<CudaExecutor> {
         let program = Program::guarded(tape, Target::Cuda)?;
-        let arena = Arena::new(driver, program.plan.memory.total, POISON)?;
+        let mut arena = Arena::new(driver, program.plan.memory.total, POISON)?;
+        arena.guard(program.guards().map(|(slot, _)| slot).collect());
         Ok(CudaExecutor { program, arena })
     }
 
