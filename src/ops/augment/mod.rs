@@ -14,7 +14,9 @@ use std::iter::repeat;
 pub use cuda::Places;
 pub use descriptor::ViewDescriptor;
 
-use crate::data::augment::{AugmentConfig, BlurKernel, Filter, Normalisation, ViewParams, centre_filters, crop_filters};
+use crate::data::augment::{
+    AugmentConfig, BlurKernel, Filter, Normalisation, ViewParams, centre_filters, crop_filters,
+};
 use crate::data::loader::StoredImage;
 use crate::error::{Error, Result};
 use crate::tensor::{DType, TensorDesc};
