@@ -46,8 +46,9 @@ fn run() -> Result<()> {
             println!("cargo::rustc-env=SIMSIAM_NVCC={}.{}", nvcc.release.0, nvcc.release.1);
             for module in compile_kernels(&nvcc, &root.join("kernels"), &out)? {
                 let Module { name, fatbin, archs } = module;
+                let log = format!("include_str!({:?})", log_path(&fatbin));
                 let bytes = format!("&Aligned(*include_bytes!({fatbin:?})).0");
-                table += &format!("    Module {{ name: {name:?}, fatbin: {bytes}, archs: &{archs:?} }},\n");
+                table += &format!("    Module {{ name: {name:?}, fatbin: {bytes}, archs: &{archs:?}, log: {log} }},\n");
             }
         }
         None if required => return Err(format!("nvcc not found and SIMSIAM_REQUIRE_NVCC=1: {HOW_TO_GET_NVCC}")),
@@ -185,7 +186,9 @@ struct Module {
 fn compile_kernels(nvcc: &Nvcc, folder: &Path, out: &Path) -> Result<Vec<Module>> {
     let archs = parse_archs(&tracked("SIMSIAM_CUDA_ARCHS").unwrap_or(DEFAULT_ARCHS.into()))?;
     let mut flags: Vec<String> =
-        ["-fatbin", "-std=c++17", "-O3", "-fmad=false", "-lineinfo", "-Werror=all-warnings"].map(String::from).to_vec();
+        ["-fatbin", "-std=c++17", "-O3", "-fmad=false", "-lineinfo", "-Werror=all-warnings", "-Xptxas", "-v"]
+            .map(String::from)
+            .to_vec();
     flags.extend(archs.iter().flat_map(|arch| ["-gencode".to_string(), arch.gencode()]));
 
     let sources = files_in(folder, &["cu"])?;
@@ -220,7 +223,7 @@ fn compile_kernels(nvcc: &Nvcc, folder: &Path, out: &Path) -> Result<Vec<Module>
 /// One compilation, unless the stamp beside `fatbin` already carries `key`.
 fn compile(nvcc: &Nvcc, flags: &[String], source: &Path, fatbin: &Path, key: &str) -> Result<()> {
     let stamp = fatbin.with_extension("stamp");
-    if fatbin.exists() && fs::read_to_string(&stamp).is_ok_and(|old| old == key) {
+    if fatbin.exists() && log_path(fatbin).exists() && fs::read_to_string(&stamp).is_ok_and(|old| old == key) {
         return Ok(());
     }
     // A stamp must never outlive its fatbin, not even when the compiler is killed.
@@ -235,6 +238,7 @@ fn compile(nvcc: &Nvcc, flags: &[String], source: &Path, fatbin: &Path, key: &st
         let failed = format!("{} cannot compile {}", nvcc.path.display(), source.display());
         return Err(format!("{failed}; {WITHOUT_CUDA}\n{said}"));
     }
+    write(&log_path(fatbin), &String::from_utf8_lossy(&output.stderr))?;
     write(&stamp, key)
 }
 
@@ -293,6 +297,11 @@ fn file_name(path: &Path) -> String {
 
 fn stem(path: &Path) -> String {
     path.file_stem().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// What ptxas said of registers, shared memory and spills.
+fn log_path(fatbin: &Path) -> PathBuf {
+    fatbin.with_extension("ptxas")
 }
 
 fn fatbin_path(out: &Path, source: &Path) -> PathBuf {

@@ -13,6 +13,8 @@
 #include <stdint.h>
 // A kernel with an unmangled name, for blocks of exactly `threads` threads. Each is followed by EXPORT(name).
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// The same, with how many blocks a multiprocessor shall hold at least: keeps the compiler from spilling to fit more.
+#define KERNEL_RESIDENT(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #define EXPORT(name)
 // Shared memory whose size the launch decides; at most one per kernel.
 #define DYNAMIC_SHARED(T, name)                              \
@@ -65,6 +67,11 @@ template <int N, class T> __device__ __forceinline__ void store(T* to, const flo
 #pragma unroll
     for (int i = 0; i < N; ++i) pack.element[i] = from_float<T>(from[i]);
     *reinterpret_cast<Pack<T, N>*>(to) = pack;
+}
+
+// Copies N elements bit for bit; both places are aligned to all N of them.
+template <int N, class T> __device__ __forceinline__ void copy_pack(T* to, const T* from) {
+    *reinterpret_cast<Pack<T, N>*>(to) = *reinterpret_cast<const Pack<T, N>*>(from);
 }
 
 // As `store`, or adds to what is there, in float, when `accumulate` is set.

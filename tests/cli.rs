@@ -155,8 +155,11 @@ fn faults_are_one_line_with_what_where_and_hint() {
         ),
         ("plan --projector-layers 5", "--projector-layers: expected 2 or 3, got 5"),
         ("plan --threads 0", "--threads: must be at least 1"),
-        ("selftest --device cuda", "--device cuda: this build trains on the CPU only; hint: use --device cpu"),
-        ("selftest --dtype bf16", "--dtype bf16: the CPU trains in f32 only; hint: use --dtype f32"),
+        (
+            "train --dataset x --device cuda",
+            "--device: this build trains on the CPU only; hint: use --device cpu; selftest runs the kernels",
+        ),
+        ("selftest --dtype bf16", "--dtype bf16: not computed on this device; hint: use one of f64, f32"),
         ("selftest --golden /nowhere", "cannot list /nowhere: No such file or directory (os error 2)"),
         ("export /nowhere /nowhere/out", "/nowhere/out: there is no folder /nowhere"),
         ("inspect /nowhere.ssds", "cannot open /nowhere.ssds: No such file or directory (os error 2)"),

@@ -1,10 +1,12 @@
 //! The embedded goldens pass on the CPU, in both tiers.
 
 use simsiam_engine::backend::cpu::Tier;
+use simsiam_engine::exec::Device;
+use simsiam_engine::tensor::DType;
 
 fn replay(tier: Tier) {
-    let outcomes = simsiam_engine::selftest::run(None, tier, |_| ()).unwrap();
-    assert_eq!(outcomes.len(), 5);
+    let outcomes = simsiam_engine::selftest::run(None, &Device::Cpu(tier), &[DType::F64, DType::F32], |_| ()).unwrap();
+    assert_eq!(outcomes.len(), 6);
     for outcome in &outcomes {
         println!(
             "{}: {} ({:.3} of the tolerance: {})",

@@ -2,6 +2,7 @@
 """Makes and checks goldens: the numbers PyTorch computes, in files the engine is tested against.
 
     tools/golden.py ops tests/golden/ops.safetensors     every op and gradient alone, in float64
+    tools/golden.py shapes tests/golden/shapes.safetensors   the same at awkward and large shapes, as samples
     tools/golden.py small tests/golden                   the committed trajectories (each under 1 MB)
     tools/golden.py full DIR                             ResNet-18 and ResNet-50 at full width (hundreds of MB)
     tools/golden.py trajectory FILE --arch custom --block basic --depths 1,1,2,1 --width 8 --stem cifar ...
@@ -19,7 +20,7 @@ import sys
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from simsiam_torch import golden_ops, golden_trajectory, tensor_file
+from simsiam_torch import golden_ops, golden_shapes, golden_trajectory, tensor_file
 from simsiam_torch.golden_trajectory import Recipe
 from simsiam_torch.networks import ARCHS, Backbone, add_backbone_arguments, backbone_from
 
@@ -54,6 +55,12 @@ FULL = {
 
 def make_ops(args):
     count = golden_ops.make(args.file)
+    print(f"{args.file}: {count} cases, {args.file.stat().st_size:,} bytes")
+    return True
+
+
+def make_shapes(args):
+    count = golden_shapes.make(args.file)
     print(f"{args.file}: {count} cases, {args.file.stat().st_size:,} bytes")
     return True
 
@@ -101,7 +108,8 @@ def verify_file(path, verbose):
 
 def verify_ops(path, tensors, metadata, verbose):
     # Another PyTorch build may order sums differently: rounding of float64, amplified where a norm or a spread is tiny.
-    results = golden_ops.verify(tensors, metadata)
+    module = golden_shapes if golden_shapes.is_generated(metadata) else golden_ops
+    results = module.verify(tensors, metadata)
     bad = [(c, e, d) for c, e, d in results if e > 1e-9 or (d or 0.0) > 1e-6]
     for case, error, differences in results if verbose else bad:
         checked = "" if differences is None else f", finite differences {differences:.1e}"
@@ -128,6 +136,10 @@ def parse_args():
     command = commands.add_parser("ops", help="write the op table's goldens")
     command.add_argument("file", type=pathlib.Path)
     command.set_defaults(run=make_ops)
+
+    command = commands.add_parser("shapes", help="write the op table's goldens at awkward and large shapes")
+    command.add_argument("file", type=pathlib.Path)
+    command.set_defaults(run=make_shapes)
 
     for name, files, what in (("small", SMALL, "committed"), ("full", FULL, "full-width")):
         command = commands.add_parser(name, help=f"write the {what} trajectories")

@@ -4,6 +4,7 @@
 
 #include "intrinsics.h"
 #include "memory.h"
+#include "pairs.h"
 #include "registry.h"
 #include "runtime.h"
 #include "types.h"
@@ -32,6 +33,7 @@
 #define KERNEL(threads)                                                                \
     static const emulator::Bound EMULATOR_UNIQUE(bound_, __COUNTER__){threads};        \
     extern "C" __global__ void
+#define KERNEL_RESIDENT(threads, blocks) KERNEL(threads)
 #define EXPORT(name) static const emulator::Registration<&name> registration_##name{#name};
 
 #define EMULATOR_UNIQUE(prefix, number) EMULATOR_JOIN(prefix, number)

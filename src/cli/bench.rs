@@ -1,6 +1,9 @@
 //! `bench`: how fast a part of the engine is on this machine, and what holds it up.
 
+mod ceilings;
 mod loader;
+mod op_cases;
+mod ops;
 
 use clap::Subcommand;
 
@@ -16,10 +19,13 @@ pub struct BenchArgs {
 enum Part {
     /// Read and augment images as a training run would, and name the bottleneck.
     Loader(loader::LoaderArgs),
+    /// Time every op that has a kernel of its own at ResNet-50's shapes, against what the device can do at best.
+    Ops(ops::OpsArgs),
 }
 
 pub fn run(args: BenchArgs) -> Result<()> {
     match args.part {
         Part::Loader(args) => loader::run(&args),
+        Part::Ops(args) => ops::run(&args),
     }
 }

@@ -8,6 +8,7 @@ mod device;
 mod export;
 mod facts;
 mod inspect;
+mod kernels;
 mod machine;
 mod meter;
 mod model_args;
@@ -64,6 +65,8 @@ enum Command {
     Export(export::ExportArgs),
     /// Measure a part of the engine on this machine, and name what holds it up.
     Bench(bench::BenchArgs),
+    /// Show the CUDA kernels in this program and what they take of a device.
+    Kernels(kernels::KernelsArgs),
     /// Compare the engine with results that PyTorch computed.
     Selftest(selftest::SelftestArgs),
 }
@@ -92,6 +95,7 @@ fn run(command: Command) -> Result<()> {
         Command::Plan(args) => plan::run(args),
         Command::Export(args) => export::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Kernels(args) => kernels::run(&args),
         Command::Selftest(args) => selftest::run(args),
     }
 }

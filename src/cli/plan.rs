@@ -14,7 +14,7 @@ use super::preset::Preset;
 use super::recipe_args::BATCH;
 use crate::atomic::write_atomic;
 use crate::error::{Error, Result};
-use crate::graph::plan::Buffer;
+use crate::graph::plan::{Buffer, Target};
 use crate::graph::{Node, Phase, Plan, Role, Tape, dump};
 use crate::nn::ParamInfo;
 use crate::nn::simsiam::{SimSiam, TrainGraph};
@@ -93,7 +93,7 @@ impl Report {
             let what = format!("{batch} images of {image_size} pixels take more memory than any machine can address");
             return Err(Error::config("--batch", what));
         }
-        let plan = Plan::new(&tape)?;
+        let plan = Plan::new(&tape, Target::Cpu)?;
         let count = |keep: &dyn Fn(&ParamInfo) -> bool| -> usize {
             params.iter().filter(|p| keep(p)).map(|p| p.desc.shape.len()).sum()
         };

@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-use super::device::{Device, Precision, check_available};
+use super::device::{Device, Precision};
 use super::output::print;
 use crate::backend::cpu::Tier;
 use crate::error::{Error, Result};
 use crate::selftest::{self, Outcome};
+use crate::tensor::DType;
 
 #[derive(Debug, clap::Args)]
 pub struct SelftestArgs {
@@ -16,18 +17,18 @@ pub struct SelftestArgs {
     /// Where to compute.
     #[arg(long, value_enum, default_value_t)]
     device: Device,
-    /// Element type to train in.
-    #[arg(long, value_enum, default_value_t)]
-    dtype: Precision,
+    /// Element type of the activations [default: every one that the device computes in].
+    #[arg(long, value_enum)]
+    dtype: Option<Precision>,
     /// The CPU's convolutions.
     #[arg(long, value_enum, default_value_t)]
     cpu_conv: Tier,
 }
 
 pub fn run(args: SelftestArgs) -> Result<()> {
-    check_available(args.device, args.dtype)?;
+    let device = args.device.open(args.cpu_conv)?;
     let mut printed = Ok(());
-    let outcomes = selftest::run(args.golden.as_deref(), args.cpu_conv, |outcome| {
+    let outcomes = selftest::run(args.golden.as_deref(), &device, &dtypes(args.device, args.dtype)?, |outcome| {
         if printed.is_ok() {
             printed = print(|out| writeln!(out, "{}", line(outcome)));
         }
@@ -39,6 +40,23 @@ pub fn run(args: SelftestArgs) -> Result<()> {
         return Err(Error::Mismatch(format!("selftest: {n} of {all} files failed: {}", failed.join(", "))));
     }
     print(|out| writeln!(out, "all {} files agree with PyTorch", outcomes.len()))
+}
+
+/// The element types to compute in. On the CPU every op is checked in f64 too, whatever is asked for.
+fn dtypes(device: Device, asked: Option<Precision>) -> Result<Vec<DType>> {
+    let all = match device {
+        Device::Cpu => vec![DType::F64, DType::F32],
+        Device::Cuda | Device::CudaEmulated => vec![DType::F32, DType::Bf16, DType::F16],
+    };
+    match (device, asked.map(Precision::dtype)) {
+        (_, None) | (Device::Cpu, Some(DType::F32)) => Ok(all),
+        (_, Some(dtype)) if device != Device::Cpu && all.contains(&dtype) => Ok(vec![dtype]),
+        (_, Some(dtype)) => {
+            let known: Vec<String> = all.iter().map(DType::to_string).collect();
+            let what = format!("--dtype {dtype}: not computed on this device");
+            Err(Error::Unsupported { what, hint: Some(format!("use one of {}", known.join(", "))) })
+        }
+    }
 }
 
 fn line(outcome: &Outcome) -> String {

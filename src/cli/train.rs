@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::augment_args::AugmentArgs;
-use super::device::{Device, Precision, check_available};
+use super::device::{Device, Precision, check_trainable};
 use super::model_args::ModelArgs;
 use super::preset::Preset;
 use super::recipe_args::RecipeArgs;
@@ -110,7 +110,7 @@ struct MachineArgs {
 }
 
 pub fn run(args: TrainArgs) -> Result<()> {
-    check_available(args.machine.device, args.machine.dtype)?;
+    check_trainable(args.machine.device, args.machine.dtype)?;
     let interrupt = signals::install()?;
     let (folder, config, dataset) = match &args.resume {
         Some(path) => resume(&args, path)?,

@@ -1,17 +1,21 @@
 //! Weighted kNN classifier on features: the labelled bank rows nearest in cosine vote for their class.
 
-use std::cmp::Ordering;
+use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use rayon::prelude::*;
 
 use crate::backend::cpu::{Mat, gemm};
 use crate::error::{Error, Result};
+use crate::ops::knn::{Neighbour, elect};
 
 /// Queries of one parallel task and bank rows of one matrix product. Fixed, so that no result depends on the number of
 /// threads; a task's similarities take 256 KiB.
 const QUERY_BLOCK: usize = 64;
 const BANK_BLOCK: usize = 1024;
+
+/// The neighbours kept so far, the farthest on top.
+type Nearest = BinaryHeap<Reverse<Neighbour>>;
 
 /// Features with one label a row.
 #[derive(Debug, Clone, Copy)]
@@ -80,7 +84,7 @@ impl Knn {
     }
 
     /// The `k` nearest bank rows of each query of a block; matrices come with their rows' reciprocal norms.
-    fn neighbours(&self, bank: (&[f32], &[f32]), queries: (&[f32], &[f32]), dim: usize) -> Vec<BinaryHeap<Neighbour>> {
+    fn neighbours(&self, bank: (&[f32], &[f32]), queries: (&[f32], &[f32]), dim: usize) -> Vec<Nearest> {
         let rows = queries.1.len();
         let mut nearest = vec![BinaryHeap::with_capacity(self.k + 1); rows];
         let mut products = vec![0.0; rows * BANK_BLOCK];
@@ -93,26 +97,17 @@ impl Knn {
                 let row_products = &products[row * cols..][..cols];
                 for (col, product) in row_products.iter().enumerate() {
                     let cosine = product * queries.1[row] * bank.1[first + col];
-                    keep_nearest(heap, self.k, Neighbour { cosine, row: first + col });
+                    keep_nearest(heap, self.k, Neighbour::new(cosine, (first + col) as u32));
                 }
             }
         }
         nearest
     }
 
-    fn vote(&self, nearest: BinaryHeap<Neighbour>, labels: &[u32], classes: usize) -> u32 {
-        let mut votes = vec![0.0; classes];
-        for neighbour in nearest.into_sorted_vec() {
-            // exp(cos / T) up to a common factor, which keeps small temperatures from overflowing.
-            votes[labels[neighbour.row] as usize] += ((f64::from(neighbour.cosine) - 1.0) / self.temperature).exp();
-        }
-        let mut best = 0;
-        for class in 1..classes {
-            if votes[class] > votes[best] {
-                best = class;
-            }
-        }
-        best as u32
+    fn vote(&self, nearest: Nearest, labels: &[u32], classes: usize) -> u32 {
+        let nearest = nearest.into_sorted_vec().into_iter();
+        let votes = nearest.map(|Reverse(near)| (near.cosine(), labels[near.row() as usize] as usize));
+        elect(votes, self.temperature, classes) as u32
     }
 }
 
@@ -121,34 +116,13 @@ pub fn pixel_features(pixels: &[u8]) -> Vec<f32> {
     pixels.iter().map(|&p| f32::from(p)).collect()
 }
 
-/// A bank row seen from a query. Ordered by distance: the nearest is the least, so the heap's top is the farthest.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Neighbour {
-    cosine: f32,
-    row: usize,
-}
-
-impl Eq for Neighbour {}
-
-impl Ord for Neighbour {
-    fn cmp(&self, other: &Neighbour) -> Ordering {
-        other.cosine.total_cmp(&self.cosine).then(self.row.cmp(&other.row))
-    }
-}
-
-impl PartialOrd for Neighbour {
-    fn partial_cmp(&self, other: &Neighbour) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-fn keep_nearest(heap: &mut BinaryHeap<Neighbour>, k: usize, candidate: Neighbour) {
+fn keep_nearest(heap: &mut Nearest, k: usize, candidate: Neighbour) {
     if heap.len() < k {
-        heap.push(candidate);
+        heap.push(Reverse(candidate));
     } else if let Some(mut farthest) = heap.peek_mut()
-        && candidate < *farthest
+        && candidate > farthest.0
     {
-        *farthest = candidate;
+        *farthest = Reverse(candidate);
     }
 }
 

@@ -2,22 +2,17 @@
 
 use crate::backend::cpu::arena::{Arena, Slot};
 use crate::backend::cpu::{CpuIo, Input, Output, Tier};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::exec::Executor;
-use crate::graph::plan::Buffer;
-use crate::graph::{Phase, Plan, Role, Tape, ValueId, WriteMode};
-use crate::tensor::{DType, HostTensor, TensorDesc};
-
-/// Bytes between the buffers of a poisoned executor.
-const GUARD: usize = 64;
-/// What a poisoned executor's memory starts as.
-const POISON: u8 = 0xFF;
+use crate::exec::program::{POISON, Program, all_finite};
+use crate::graph::plan::Target;
+use crate::graph::{Phase, Plan, Tape, ValueId, WriteMode};
+use crate::tensor::HostTensor;
 
 /// A tape planned and placed in host memory.
 #[derive(Debug)]
 pub struct CpuExecutor {
-    tape: Tape,
-    plan: Plan,
+    program: Program,
     arena: Arena,
     tier: Tier,
 }
@@ -26,38 +21,33 @@ impl CpuExecutor {
     /// Plans `tape` and reserves its memory; persistent values start as zeros.
     ///
     /// # Errors
-    /// Faults of the tape; [`Error::Unsupported`] when memory is refused.
+    /// Faults of the tape; [`crate::error::Error::Unsupported`] when memory is refused.
     pub fn new(tape: Tape, tier: Tier) -> Result<CpuExecutor> {
-        let plan = Plan::new(&tape)?;
-        let arena = Arena::new(plan.memory.total)?;
-        Ok(CpuExecutor { tape, plan, arena, tier })
+        let program = Program::new(tape, Target::Cpu)?;
+        let arena = Arena::new(program.plan.memory.total)?;
+        Ok(CpuExecutor { program, arena, tier })
     }
 
     /// As [`CpuExecutor::new`] for finding faults: every byte starts as 0xFF (NaN in all float types), and buffers are
-    /// `GUARD` bytes apart, which [`CpuExecutor::overrun`] looks at.
+    /// apart, with bytes between them that [`Executor::overrun`] looks at.
     ///
     /// # Errors
     /// As [`CpuExecutor::new`].
     pub fn poisoned(tape: Tape, tier: Tier) -> Result<CpuExecutor> {
-        let plan = Plan::guarded(&tape, GUARD)?;
-        let mut arena = Arena::new(plan.memory.total)?;
-        arena.slice_mut(Slot { offset: 0, bytes: plan.memory.total }).fill(POISON);
-        Ok(CpuExecutor { tape, plan, arena, tier })
-    }
-
-    /// The first buffer of a poisoned executor behind which a byte was changed.
-    pub fn overrun(&self) -> Option<&str> {
-        let guard = |b: &Buffer| Slot { offset: b.slot.end(), bytes: GUARD };
-        let changed = |b: &&Buffer| self.arena.slice(guard(b)).iter().any(|&byte| byte != POISON);
-        self.plan.buffers.iter().find(changed).map(|b| b.name.as_str())
+        let program = Program::guarded(tape, Target::Cpu)?;
+        let bytes = program.plan.memory.total;
+        let mut arena = Arena::new(bytes)?;
+        arena.slice_mut(Slot { offset: 0, bytes }).fill(POISON);
+        Ok(CpuExecutor { program, arena, tier })
     }
 
     fn run_node(&mut self, index: usize) -> Result<()> {
-        let (node, planned) = (&self.tape.nodes()[index], &self.plan.nodes[index]);
+        let Program { tape, plan } = &self.program;
+        let (node, planned) = (&tape.nodes()[index], &plan.nodes[index]);
         if node.op.is_view() {
             return Ok(());
         }
-        let slot = |id: &ValueId| self.plan.slot(*id);
+        let slot = |id: &ValueId| plan.slot(*id);
         let reads: Vec<Slot> = node.inputs.iter().map(slot).collect();
         let writes: Vec<Slot> = node.outputs.iter().chain(&node.updates).map(slot).chain([planned.workspace]).collect();
         let (reads, mut writes) = self.arena.borrow(&reads, &writes)?;
@@ -65,12 +55,12 @@ impl CpuExecutor {
         let mut writes = writes.into_iter();
         let inputs = node.inputs.iter().zip(reads);
         let output = |id: &ValueId, bytes, mode| Output {
-            desc: self.tape.desc(*id),
+            desc: tape.desc(*id),
             bytes,
             accumulate: mode == WriteMode::Accumulate,
         };
         let mut io = CpuIo {
-            inputs: inputs.map(|(id, bytes)| Input { desc: self.tape.desc(*id), bytes }).collect(),
+            inputs: inputs.map(|(id, bytes)| Input { desc: tape.desc(*id), bytes }).collect(),
             outputs: node
                 .outputs
                 .iter()
@@ -85,75 +75,51 @@ impl CpuExecutor {
         node.op.cpu(&mut io)
     }
 
-    fn nodes_of(&self, phase: Phase) -> Vec<usize> {
-        let nodes = self.tape.nodes().iter().enumerate();
-        nodes.filter(|(_, node)| node.phase == phase).map(|(index, _)| index).collect()
-    }
-
-    fn is_finite(&self, slot: Slot, dtype: DType) -> bool {
-        let bytes = self.arena.slice(slot);
-        match dtype {
-            DType::F32 => bytemuck::cast_slice::<u8, f32>(bytes).iter().all(|v| v.is_finite()),
-            DType::F64 => bytemuck::cast_slice::<u8, f64>(bytes).iter().all(|v| v.is_finite()),
-            DType::Bf16 => bytemuck::cast_slice::<u8, u16>(bytes).iter().all(|v| half::bf16::from_bits(*v).is_finite()),
-            DType::F16 => bytemuck::cast_slice::<u8, u16>(bytes).iter().all(|v| half::f16::from_bits(*v).is_finite()),
-            DType::I64 | DType::U8 => true,
-        }
+    fn is_finite(&self, value: ValueId) -> bool {
+        all_finite(self.arena.slice(self.program.plan.slot(value)), self.tape().desc(value).dtype)
     }
 }
 
 impl Executor for CpuExecutor {
     fn run_phase(&mut self, phase: Phase) -> Result<()> {
-        self.nodes_of(phase).into_iter().try_for_each(|index| self.run_node(index))
+        self.program.nodes_of(phase).into_iter().try_for_each(|index| self.run_node(index))
     }
 
     fn write(&mut self, value: ValueId, bytes: &[u8]) -> Result<()> {
-        let described = self.tape.value(value);
-        if bytes.len() != described.desc.bytes() {
-            return Err(Error::shape(&described.name, "bytes", described.desc.bytes(), bytes.len()));
-        }
-        self.arena.slice_mut(self.plan.slot(value)).copy_from_slice(bytes);
+        let slot = self.program.slot_to_write(value, bytes.len())?;
+        self.arena.slice_mut(slot).copy_from_slice(bytes);
         Ok(())
     }
 
     fn read(&self, value: ValueId) -> Result<HostTensor> {
-        let described = self.tape.value(value);
-        if !described.role.persistent() && !described.keep {
-            return Err(Error::Internal {
-                thread: "executor".into(),
-                message: format!("{} is read after the step but was not kept", described.name),
-            });
-        }
-        let TensorDesc { shape, dtype } = &described.desc;
-        let bytes = self.arena.slice(self.plan.slot(value)).to_vec();
-        HostTensor::from_bytes(TensorDesc::new(shape.dims(), *dtype), bytes)
+        let (slot, desc) = self.program.slot_to_read(value)?;
+        HostTensor::from_bytes(desc.clone(), self.arena.slice(slot).to_vec())
     }
 
     fn tape(&self) -> &Tape {
-        &self.tape
+        &self.program.tape
     }
 
     fn plan(&self) -> &Plan {
-        &self.plan
+        &self.program.plan
     }
 
     fn first_non_finite(&mut self, phase: Phase) -> Result<Option<String>> {
-        // Not running statistics: the run that is being looked into has updated them already.
-        let leaf = |role: Role| role.persistent() && role != Role::State;
-        let leaves = self.tape.values().iter().enumerate().filter(|(_, v)| leaf(v.role));
-        for (i, value) in leaves {
-            if !self.is_finite(self.plan.slots[i], value.desc.dtype) {
-                return Ok(Some(format!("{} (not finite before the step)", value.name)));
-            }
+        if let Some(leaf) = self.program.first_non_finite_leaf(|value| Ok(self.is_finite(value)))? {
+            return Ok(Some(leaf));
         }
-        for index in self.nodes_of(phase) {
+        for index in self.program.nodes_of(phase) {
             self.run_node(index)?;
-            let node = &self.tape.nodes()[index];
-            let finite = |&v: &ValueId| self.is_finite(self.plan.slot(v), self.tape.desc(v).dtype);
-            if !node.outputs.iter().chain(&node.updates).all(finite) {
+            let node = &self.program.tape.nodes()[index];
+            if !node.outputs.iter().chain(&node.updates).all(|&value| self.is_finite(value)) {
                 return Ok(Some(format!("{} ({})", node.name, node.op.name())));
             }
         }
         Ok(None)
+    }
+
+    fn overrun(&self) -> Result<Option<String>> {
+        let changed = |slot: Slot| self.arena.slice(slot).iter().any(|&byte| byte != POISON);
+        Ok(self.program.guards().find(|(guard, _)| changed(*guard)).map(|(_, name)| name.to_string()))
     }
 }

@@ -1,8 +1,13 @@
 //! Executors: a planned tape on a device.
 
 pub mod cpu;
+pub mod cuda;
+mod device;
+mod program;
 
 pub use cpu::CpuExecutor;
+pub use cuda::CudaExecutor;
+pub use device::Device;
 
 use crate::error::Result;
 use crate::graph::{Phase, Plan, Tape, ValueId};
@@ -48,4 +53,10 @@ pub trait Executor: Send {
     /// # Errors
     /// As [`Executor::run_phase`].
     fn first_non_finite(&mut self, phase: Phase) -> Result<Option<String>>;
+
+    /// The first buffer behind which a byte was changed, when the executor was made to notice.
+    ///
+    /// # Errors
+    /// What reading the memory finds wrong.
+    fn overrun(&self) -> Result<Option<String>>;
 }

@@ -66,9 +66,20 @@ pub trait Op: Debug + Send + Sync {
         Err(Error::Unsupported { what: format!("{} has no CUDA kernel", self.name()), hint: None })
     }
 
+    /// Whether on CUDA devices a library of NVIDIA's computes the op (cuDNN, cuBLAS) instead of a kernel of our own.
+    fn by_library(&self) -> bool {
+        false
+    }
+
     /// Floating-point operations of one execution; 0 where memory traffic is all that counts.
     fn flops(&self, _inputs: &[&TensorDesc]) -> u64 {
         0
+    }
+
+    /// Bytes that one execution cannot but move through memory: every input and output once, unless an op has to read one
+    /// again after all of it was seen.
+    fn bytes(&self, inputs: &[&TensorDesc], outputs: &[&TensorDesc]) -> u64 {
+        inputs.iter().chain(outputs).map(|tensor| tensor.bytes() as u64).sum()
     }
 }
 

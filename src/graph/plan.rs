@@ -5,6 +5,15 @@ use crate::error::{Error, Result};
 use crate::graph::{Phase, Role, Tape, ValueId};
 use crate::tensor::TensorDesc;
 
+/// Which kind of device a plan is for; they differ in the scratch that ops need.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// The host.
+    Cpu,
+    /// A CUDA device, real or emulated.
+    Cuda,
+}
+
 /// How a node writes one output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WriteMode {
@@ -83,8 +92,8 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::Internal`] when a value is read before any node writes it.
-    pub fn new(tape: &Tape) -> Result<Plan> {
-        Plan::guarded(tape, 0)
+    pub fn new(tape: &Tape, target: Target) -> Result<Plan> {
+        Plan::guarded(tape, target, 0)
     }
 
     /// As [`Plan::new`], for tests that look for overruns: at least `guard` unused bytes lie behind every buffer, and with
@@ -92,10 +101,10 @@ impl Plan {
     ///
     /// # Errors
     /// As [`Plan::new`].
-    pub fn guarded(tape: &Tape, guard: usize) -> Result<Plan> {
+    pub fn guarded(tape: &Tape, target: Target, guard: usize) -> Result<Plan> {
         let mut buffers = lifetimes(tape)?;
         let modes = write_modes(tape);
-        let workspaces = add_workspaces(tape, &mut buffers);
+        let workspaces = add_workspaces(tape, target, &mut buffers);
         if guard > 0 {
             buffers.iter_mut().for_each(|b| (b.first, b.last) = (0, tape.nodes().len()));
         }
@@ -168,11 +177,15 @@ fn write_modes(tape: &Tape) -> Vec<Vec<WriteMode>> {
 }
 
 /// Appends a buffer for each node's workspace; returns their positions.
-fn add_workspaces(tape: &Tape, buffers: &mut Vec<Buffer>) -> Vec<usize> {
+fn add_workspaces(tape: &Tape, target: Target, buffers: &mut Vec<Buffer>) -> Vec<usize> {
     let first = buffers.len();
     for (index, node) in tape.nodes().iter().enumerate() {
         let descs: Vec<&TensorDesc> = node.inputs.iter().map(|&i| tape.desc(i)).collect();
-        let slot = Slot { offset: 0, bytes: node.op.workspace(&descs) };
+        let bytes = match target {
+            Target::Cpu => node.op.workspace(&descs),
+            Target::Cuda => node.op.cuda_workspace(&descs),
+        };
+        let slot = Slot { offset: 0, bytes };
         let name = format!("{} (workspace)", node.name);
         buffers.push(Buffer { name, role: None, desc: None, slot, first: index, last: index });
     }
@@ -263,7 +276,7 @@ mod tests {
     #[test]
     fn a_chain_needs_two_buffers() {
         let (tape, values) = chain();
-        let plan = Plan::new(&tape).unwrap();
+        let plan = Plan::new(&tape, Target::Cpu).unwrap();
         assert_eq!(plan.memory.transient, 2 * align(4000));
         assert_eq!(plan.memory.transient, plan.memory.transient_peak);
         assert_eq!(plan.slot(values[1]), plan.slot(values[3]), "a dead buffer is reused");
@@ -273,7 +286,7 @@ mod tests {
     fn a_kept_value_is_never_overwritten() {
         let (mut tape, values) = chain();
         tape.keep(values[1]);
-        let plan = Plan::new(&tape).unwrap();
+        let plan = Plan::new(&tape, Target::Cpu).unwrap();
         for other in &values[2..] {
             assert!(plan.slot(*other).offset != plan.slot(values[1]).offset);
         }
@@ -286,7 +299,7 @@ mod tests {
         let y = tape.record_one(Add, &[x, x]).unwrap();
         let d_y = tape.leaf("d_y", TensorDesc::new([3], DType::F32), Role::Input, false);
         let gradients = backward(&mut tape, &[(y, d_y)]).unwrap();
-        let plan = Plan::new(&tape).unwrap();
+        let plan = Plan::new(&tape, Target::Cpu).unwrap();
         let writers: Vec<(&Node, &NodePlan)> =
             tape.nodes().iter().zip(&plan.nodes).filter(|(n, _)| n.outputs == [gradients[&x]]).collect();
         let modes: Vec<_> = writers.iter().map(|(_, p)| p.modes[0]).collect();

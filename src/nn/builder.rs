@@ -175,5 +175,5 @@ impl<'t> Builder<'t> {
 
 /// The copy of a master weight in the activations' type.
 fn low_precision(tape: &mut Tape, w: ValueId, dtype: DType) -> Result<ValueId> {
-    if dtype == DType::Bf16 { tape.record_one(Cast { to: dtype }, &[w]) } else { Ok(w) }
+    if tape.desc(w).dtype == dtype { Ok(w) } else { tape.record_one(Cast { to: dtype }, &[w]) }
 }

@@ -8,6 +8,7 @@ use crate::nn::heads::Heads;
 use crate::nn::params::{ParamGroup, ParamInfo};
 use crate::nn::resnet::ResNet;
 use crate::ops::conv2d::gradient_dtype;
+use crate::ops::cosine_loss::CosineLoss;
 use crate::ops::sgd::{SgdUpdate, StepParam};
 use crate::ops::similarity::{Kind, Similarity};
 use crate::ops::slice_rows::SliceRows;
@@ -99,18 +100,21 @@ impl SimSiam {
         let views = TensorDesc::new([2 * batch, image_size, image_size, 3], dtype);
         let views = tape.leaf("views", views, Role::Input, false);
         let step_params = tape.leaf("step_params", StepParam::desc(), Role::Input, false);
+        let seed = Constant { value: 1.0, dtype: gradient_dtype(dtype) };
+        let d_loss = tape.scoped("d_loss", |tape| tape.record_one(seed, &[]))?;
         let mut b = Builder::new(&mut tape, Mode::Train { groups: 2 }, dtype);
-        let (loss, z) = self.record_loss(&mut b, batch, views)?;
+        let (p, z) = self.record_pair(&mut b, batch, views)?;
         let params = b.params;
-        let z_std = tape.scoped("z_std", |tape| tape.record_one(ZStd, &[z]))?;
+        let [loss, z_std] = self.record_loss(&mut tape, [p, z], batch, d_loss)?;
         for kept in [loss, z, z_std] {
             tape.keep(kept);
         }
-        let (momenta, gradients) = record_update(&mut tape, loss, step_params, &params, keep_gradients)?;
+        let (momenta, gradients) = record_update(&mut tape, (loss, d_loss), step_params, &params, keep_gradients)?;
         Ok(TrainGraph { tape, views, step_params, loss, z_std, z, params, momenta, gradients })
     }
 
-    fn record_loss(&self, b: &mut Builder<'_>, batch: usize, views: ValueId) -> Result<(ValueId, ValueId)> {
+    /// Predictions p and the projections z of both views.
+    fn record_pair(&self, b: &mut Builder<'_>, batch: usize, views: ValueId) -> Result<(ValueId, ValueId)> {
         let features = self.backbone.record(b, "encoder.", views)?;
         let z = self.heads.projector(b, "encoder.fc.", features)?;
         b.group = ParamGroup::Predictor;
@@ -120,11 +124,26 @@ impl SimSiam {
             predicted = b.tape.scoped("view1", |tape| tape.record_one(SliceRows { start: 0, len: batch }, &[z]))?;
             b.mode = Mode::Train { groups: 1 };
         }
-        let p = self.heads.predictor(b, "predictor.", predicted)?;
-        let target = if self.stop_gradient { b.tape.scoped("target", |tape| tape.stop_gradient(z))? } else { z };
+        Ok((self.heads.predictor(b, "predictor.", predicted)?, z))
+    }
+
+    /// Loss and z std.
+    fn record_loss(
+        &self,
+        tape: &mut Tape,
+        [p, z]: [ValueId; 2],
+        batch: usize,
+        d_loss: ValueId,
+    ) -> Result<[ValueId; 2]> {
+        let target = if self.stop_gradient { tape.scoped("target", |tape| tape.stop_gradient(z))? } else { z };
+        if self.stop_gradient && self.similarity == Kind::Cosine {
+            let fused = CosineLoss { z_shift: batch };
+            let outputs = tape.scoped("loss", |tape| tape.record(fused, &[p, target, d_loss]))?;
+            return Ok([outputs[0], outputs[1]]);
+        }
         let similarity = Similarity { kind: self.similarity, z_shift: batch };
-        let loss = b.tape.scoped("loss", |tape| tape.record_one(similarity, &[p, target]))?;
-        Ok((loss, z))
+        let loss = tape.scoped("loss", |tape| tape.record_one(similarity, &[p, target]))?;
+        Ok([loss, tape.scoped("z_std", |tape| tape.record_one(ZStd, &[z]))?])
     }
 
     /// Records the backbone in evaluation mode for `batch` images.
@@ -150,14 +169,12 @@ type Named = Vec<(String, ValueId)>;
 /// Appends the backward pass and the optimiser; returns momenta and gradients of the trainable parameters.
 fn record_update(
     tape: &mut Tape,
-    loss: ValueId,
+    (loss, d_loss): (ValueId, ValueId),
     step_params: ValueId,
     params: &[ParamInfo],
     keep_gradients: bool,
 ) -> Result<(Named, Named)> {
-    let dtype = gradient_dtype(tape.desc(loss).dtype);
-    let seed = tape.scoped("d_loss", |tape| tape.record_one(Constant { value: 1.0, dtype }, &[]))?;
-    let all = backward(tape, &[(loss, seed)])?;
+    let all = backward(tape, &[(loss, d_loss)])?;
     let trained: Vec<&ParamInfo> = params.iter().filter(|p| p.trainable && all.contains_key(&p.value)).collect();
     let gradients: Named = trained.iter().map(|p| (p.name.clone(), all[&p.value])).collect();
     if keep_gradients {
@@ -171,7 +188,7 @@ fn record_update(
         ParamGroup::Encoder => StepParam::Lr,
         ParamGroup::Predictor => StepParam::PredictorLr,
     });
-    let op = SgdUpdate { lr: lr.collect() };
+    let op = SgdUpdate { lr: lr.collect(), copies: Vec::new() };
     let inputs: Vec<ValueId> = [step_params].into_iter().chain(gradients.iter().map(|(_, g)| *g)).collect();
     let updates: Vec<ValueId> = trained.iter().map(|p| p.value).chain(momenta.iter().map(|(_, v)| *v)).collect();
     tape.scoped("sgd", |tape| tape.update(op, &inputs, &updates))?;

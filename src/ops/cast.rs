@@ -1,9 +1,10 @@
 //! Conversion between float types: the low-precision copy of a master weight.
 
-use half::bf16;
+use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::backend::cpu::CpuIo;
+use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::{GradBuilder, Op};
 use crate::tensor::{DType, TensorDesc};
@@ -23,10 +24,13 @@ impl Op for Cast {
 
     fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
         match (inputs[0].dtype, self.to) {
-            (DType::F32, DType::Bf16) | (DType::Bf16, DType::F32) => {
+            (DType::F32, DType::Bf16 | DType::F16) | (DType::Bf16 | DType::F16, DType::F32) => {
                 Ok(vec![TensorDesc { dtype: self.to, ..inputs[0].clone() }])
             }
-            (from, to) => Err(Error::shape("cast", "element types", "f32 to bf16 or back", format!("{from} to {to}"))),
+            (from, to) => {
+                let expected = "f32 to bf16 or f16, or back";
+                Err(Error::shape("cast", "element types", expected, format!("{from} to {to}")))
+            }
         }
     }
 
@@ -36,16 +40,79 @@ impl Op for Cast {
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
-        match self.to {
-            DType::Bf16 => {
-                let (x, y) = (io.inputs[0].get::<f32>(), io.outputs[0].get::<u16>());
-                y.par_iter_mut().zip(x).for_each(|(y, x)| *y = bf16::from_f32(*x).to_bits());
-            }
-            _ => {
-                let (x, y) = (io.inputs[0].get::<u16>(), io.outputs[0].get::<f32>());
-                y.par_iter_mut().zip(x).for_each(|(y, x)| *y = bf16::from_bits(*x).to_f32());
-            }
+        match (io.inputs[0].desc.dtype, self.to) {
+            (DType::F32, to) => narrow(io.outputs[0].get(), io.inputs[0].get(), to),
+            (DType::Bf16, _) => map(io.outputs[0].get(), io.inputs[0].get(), |x| bf16::from_bits(x).to_f32()),
+            _ => map(io.outputs[0].get(), io.inputs[0].get(), |x| f16::from_bits(x).to_f32()),
         }
         Ok(())
+    }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        cuda::cast(io, self.to)
+    }
+}
+
+/// `y = x` rounded to bf16 or f16, as bits.
+pub(super) fn narrow(y: &mut [u16], x: &[f32], to: DType) {
+    match to {
+        DType::Bf16 => map(y, x, |x| bf16::from_f32(x).to_bits()),
+        _ => map(y, x, |x| f16::from_f32(x).to_bits()),
+    }
+}
+
+fn map<X: Copy + Sync, Y: Send>(y: &mut [Y], x: &[X], f: impl Fn(X) -> Y + Sync) {
+    y.par_iter_mut().zip(x).for_each(|(y, x)| *y = f(*x));
+}
+
+pub(super) mod cuda {
+    #![allow(unsafe_code)] // launches
+
+    use crate::backend::cuda::kernel::kernels;
+    use crate::backend::cuda::{CudaIo, DevicePtr, Grid};
+    use crate::error::Result;
+    use crate::tensor::DType;
+
+    kernels! { "elementwise";
+        /// y = x, rounded
+        fn cast_to[Bf16, F16; 256](x: DevicePtr, y: DevicePtr, n: i64);
+        /// y = x, widened to float32
+        fn cast_from[Bf16, F16; 256](x: DevicePtr, y: DevicePtr, n: i64);
+    }
+
+    pub fn cast(io: &CudaIo<'_>, to: DType) -> Result<()> {
+        let n = io.inputs[0].desc.shape.len();
+        let (x, y) = (io.inputs[0].ptr, io.outputs[0].ptr);
+        let (call, narrow) = match to {
+            DType::F32 => (cast_from(io.dtype(), x, y, n as i64), io.dtype()),
+            _ => (cast_to(to, x, y, n as i64), to),
+        };
+        // SAFETY: `infer` made y of x's shape, so both have `n` elements, one side float32 and the other of the kernel's type.
+        unsafe { io.launch(Grid::packs(n, narrow), call) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ties_go_to_even_and_what_is_too_large_to_infinity() {
+        let x = [1.0 + 2_f32.powi(-8), 1.0 + 3.0 * 2_f32.powi(-8), 65_520.0, -1e-8, 3.4e38, f32::NEG_INFINITY];
+        let mut y = [0; 6];
+        narrow(&mut y, &x, DType::Bf16);
+        assert_eq!(y, [0x3f80, 0x3f82, 0x4780, 0xb22c, 0x7f80, 0xff80]);
+        narrow(&mut y, &x, DType::F16);
+        assert_eq!(y, [0x3c04, 0x3c0c, 0x7c00, 0x8000, 0x7c00, 0xfc00]);
+    }
+
+    #[test]
+    fn only_between_float32_and_the_narrow_types() {
+        let infer = |from, to| Cast { to }.infer(&[&TensorDesc::new([3], from)]);
+        assert_eq!(infer(DType::F32, DType::F16).unwrap(), [TensorDesc::new([3], DType::F16)]);
+        assert_eq!(infer(DType::F16, DType::F32).unwrap(), [TensorDesc::new([3], DType::F32)]);
+        let message = infer(DType::Bf16, DType::F16).unwrap_err().to_string();
+        assert!(message.contains("expected f32 to bf16 or f16, or back, got bf16 to f16"), "{message}");
+        assert!(infer(DType::F32, DType::F32).is_err() && infer(DType::F64, DType::Bf16).is_err());
     }
 }

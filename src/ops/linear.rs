@@ -1,11 +1,10 @@
 //! Fully connected layer and its gradients.
 
-use rayon::prelude::*;
-
-use crate::backend::cpu::{CpuIo, Mat, Real, gemm_blocks};
+use crate::backend::cpu::{CpuIo, Mat, gemm_blocks};
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
 use crate::graph::{GradBuilder, Op};
+use crate::ops::bias::SumRows;
 use crate::ops::conv2d::gradient_dtype;
 use crate::tensor::TensorDesc;
 
@@ -49,6 +48,10 @@ impl Op for Linear {
         Ok(())
     }
 
+    fn by_library(&self) -> bool {
+        true
+    }
+
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
         let ([m, k], [n, _]) = (dims("linear", "x", io.inputs[0].desc)?, dims("linear", "w", io.inputs[1].desc)?);
         dispatch_real!("linear", io.inputs[0].desc.dtype, T => {
@@ -86,6 +89,10 @@ impl Op for LinearDgrad {
     }
 
     fn accumulates(&self) -> bool {
+        true
+    }
+
+    fn by_library(&self) -> bool {
         true
     }
 
@@ -127,6 +134,10 @@ impl Op for LinearWgrad {
         true
     }
 
+    fn by_library(&self) -> bool {
+        true
+    }
+
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
         let [m, k] = dims("linear_wgrad", "x", io.inputs[0].desc)?;
         let [_, n] = dims("linear_wgrad", "d_y", io.inputs[1].desc)?;
@@ -142,40 +153,4 @@ impl Op for LinearWgrad {
     fn flops(&self, inputs: &[&TensorDesc]) -> u64 {
         2 * (inputs[0].shape.len() * inputs[1].shape.channels()) as u64
     }
-}
-
-/// The gradient of a bias: column sums of d_y, in float64.
-#[derive(Debug, Clone, Copy)]
-struct SumRows;
-
-impl Op for SumRows {
-    fn name(&self) -> &'static str {
-        "sum_rows"
-    }
-
-    fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
-        let [_, n] = dims("sum_rows", "d_y", inputs[0])?;
-        Ok(vec![TensorDesc::new([n], gradient_dtype(inputs[0].dtype))])
-    }
-
-    fn accumulates(&self) -> bool {
-        true
-    }
-
-    fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
-        dispatch_real!("sum_rows", io.inputs[0].desc.dtype, T => {
-            let d_y = io.inputs[0].get::<T>();
-            let accumulate = io.outputs[0].accumulate;
-            column_sums(io.outputs[0].get::<T>(), d_y, accumulate);
-        });
-        Ok(())
-    }
-}
-
-fn column_sums<T: Real>(d_b: &mut [T], d_y: &[T], accumulate: bool) {
-    let n = d_b.len();
-    d_b.par_iter_mut().enumerate().for_each(|(c, d_b)| {
-        let sum: f64 = d_y.iter().skip(c).step_by(n).map(|v| v.to_f64()).sum();
-        *d_b = T::of(if accumulate { d_b.to_f64() + sum } else { sum });
-    });
 }

@@ -1,19 +1,49 @@
 //! The ops: one file (or folder) each, with shape inference, backward and the CPU implementation.
 
 pub mod batch_norm;
+pub mod bias;
 pub mod cast;
 pub mod conv2d;
+pub mod cosine_loss;
+pub mod cross_entropy;
+pub mod knn;
+pub mod lars;
+pub mod layout;
 pub mod linear;
+pub mod pad_channels;
 pub mod pool;
 pub mod relu;
+mod row_tiles;
+mod rows;
 pub mod sgd;
 pub mod similarity;
 pub mod slice_rows;
 pub mod z_std;
 
-use crate::backend::cuda::Kernel;
+use crate::backend::cuda::{self, Kernel};
+use crate::graph::builtin;
 
-/// The declarations of all CUDA kernels.
+/// The declarations of all CUDA kernels: those of the ops here, of the graph's own and of the backend.
 pub fn cuda_kernels() -> Vec<&'static Kernel> {
-    [relu::cuda::KERNELS].concat()
+    [
+        batch_norm::cuda::KERNELS,
+        bias::cuda::KERNELS,
+        cast::cuda::KERNELS,
+        cosine_loss::cuda::KERNELS,
+        cross_entropy::cuda::KERNELS,
+        knn::cuda::KERNELS,
+        lars::cuda::KERNELS,
+        layout::cuda::KERNELS,
+        pad_channels::cuda::KERNELS,
+        pool::cuda::KERNELS,
+        relu::cuda::KERNELS,
+        rows::KERNELS,
+        sgd::cuda::KERNELS,
+        similarity::cuda::KERNELS,
+        slice_rows::cuda::KERNELS,
+        z_std::cuda::KERNELS,
+        builtin::cuda::KERNELS,
+        &cuda::kernels(),
+    ]
+    .concat()
 }

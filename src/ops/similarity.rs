@@ -6,6 +6,7 @@
 use rayon::prelude::*;
 
 use crate::backend::cpu::{CpuIo, Real};
+use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
 use crate::graph::{GradBuilder, Op};
@@ -35,14 +36,13 @@ pub struct Similarity {
     pub z_shift: usize,
 }
 
-impl Similarity {
-    fn check(&self, p: &TensorDesc, z: &TensorDesc) -> Result<[usize; 3]> {
-        let ([m, d], [r, zd]) = (p.shape.expect(self.name(), "p")?, z.shape.expect(self.name(), "z")?);
-        if zd != d || r < m || p.dtype != z.dtype || m == 0 {
-            return Err(Error::shape(self.name(), "z", format!("{}[at least {m}, {d}]", p.dtype), z));
-        }
-        Ok([m, r, d])
+/// m, r and d of p `[m][d]` and z `[r][d]`, which must fit together.
+pub(super) fn paired(op: &str, p: &TensorDesc, z: &TensorDesc) -> Result<[usize; 3]> {
+    let ([m, d], [r, zd]) = (p.shape.expect(op, "p")?, z.shape.expect(op, "z")?);
+    if zd != d || r < m || p.dtype != z.dtype || m == 0 {
+        return Err(Error::shape(op, "z", format!("{}[at least {m}, {d}]", p.dtype), z));
     }
+    Ok([m, r, d])
 }
 
 impl Op for Similarity {
@@ -54,7 +54,7 @@ impl Op for Similarity {
     }
 
     fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
-        self.check(inputs[0], inputs[1])?;
+        paired(self.name(), inputs[0], inputs[1])?;
         Ok(vec![TensorDesc::new([], gradient_dtype(inputs[0].dtype))])
     }
 
@@ -73,7 +73,7 @@ impl Op for Similarity {
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
-        let [m, r, d] = self.check(io.inputs[0].desc, io.inputs[1].desc)?;
+        let [m, r, d] = paired(self.name(), io.inputs[0].desc, io.inputs[1].desc)?;
         dispatch_real!(self.name(), io.inputs[0].desc.dtype, T => {
             let (p, z) = (io.inputs[0].get::<T>(), io.inputs[1].get::<T>());
             let losses: &mut [f64] = &mut bytemuck::cast_slice_mut(io.workspace)[..m];
@@ -87,6 +87,15 @@ impl Op for Similarity {
             io.outputs[0].get::<T>()[0] = (losses.iter().sum::<f64>() / m as f64) as T;
         });
         Ok(())
+    }
+
+    /// The loss of each row.
+    fn cuda_workspace(&self, inputs: &[&TensorDesc]) -> usize {
+        inputs[0].shape.rows() * size_of::<f32>()
+    }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        cuda::forward(*self, io)
     }
 }
 
@@ -125,7 +134,7 @@ impl Op for SimilarityBackward {
     }
 
     fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
-        self.forward.check(inputs[1], inputs[2])?;
+        paired(self.name(), inputs[1], inputs[2])?;
         Ok(vec![if self.wrt == Side::P { inputs[1].clone() } else { inputs[2].clone() }])
     }
 
@@ -134,7 +143,7 @@ impl Op for SimilarityBackward {
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
-        let [m, r, d] = self.forward.check(io.inputs[1].desc, io.inputs[2].desc)?;
+        let [m, r, d] = paired(self.name(), io.inputs[1].desc, io.inputs[2].desc)?;
         let shift = self.forward.z_shift;
         dispatch_real!(self.name(), io.inputs[1].desc.dtype, T => {
             let scale = io.inputs[0].get::<T>()[0].to_f64() / m as f64;
@@ -153,19 +162,23 @@ impl Op for SimilarityBackward {
         });
         Ok(())
     }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        cuda::backward(*self, io)
+    }
 }
 
 fn dot<T: Real>(a: &[T], b: &[T]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a.to_f64() * b.to_f64()).sum()
 }
 
-fn negative_cosine<T: Real>(p: &[T], z: &[T]) -> f64 {
+pub(super) fn negative_cosine<T: Real>(p: &[T], z: &[T]) -> f64 {
     let norm = |v: &[T]| dot(v, v).sqrt().max(EPS);
     -dot(p, z) / (norm(p) * norm(z))
 }
 
 /// Adds `scale * d cos(a, b) / d a`. The clamp of the norms has no gradient, as in PyTorch.
-fn add_cosine_gradient<T: Real>(out: &mut [T], a: &[T], b: &[T], scale: f64) {
+pub(super) fn add_cosine_gradient<T: Real>(out: &mut [T], a: &[T], b: &[T], scale: f64) {
     let true_norm = dot(a, a).sqrt();
     let (norm_a, norm_b) = (true_norm.max(EPS), dot(b, b).sqrt().max(EPS));
     let along_b = scale / (norm_a * norm_b);
@@ -200,5 +213,82 @@ fn add_target_gradient<T: Real>(out: &mut [T], p: &[T], z: &[T], scale: f64) {
     let expected = -cross_entropy(p, z);
     for ((out, p), z) in out.iter_mut().zip(p).zip(z) {
         *out += T::of(-scale * (z.to_f64() - lse_z).exp() * (p.to_f64() - lse_p - expected));
+    }
+}
+
+pub(super) mod cuda {
+    #![allow(unsafe_code)] // launches
+
+    use super::{Kind, Side, Similarity, SimilarityBackward, paired};
+    use crate::backend::cuda::kernel::kernels;
+    use crate::backend::cuda::{CudaIo, DevicePtr};
+    use crate::error::Result;
+    use crate::graph::Op as _;
+    use crate::ops::rows::{Mean, row_grid, row_length, take_means};
+
+    kernels! { "similarity";
+        /// the negative cosine of each row of p
+        fn negative_cosine[F32, Bf16, F16; 256](
+            p: DevicePtr, z: DevicePtr, rows: DevicePtr, m: i64, r: i64, d: i32, shift: i64,
+        );
+        /// its gradient for a, which is p or z; b is the other
+        fn negative_cosine_backward[F32, Bf16, F16; 256](
+            d_loss: DevicePtr, a: DevicePtr, b: DevicePtr, d_a: DevicePtr,
+            m: i64, a_rows: i64, b_rows: i64, r: i64, d: i32, shift: i64, accumulate: u32,
+        );
+        /// the cross-entropy of each row of p
+        fn softmax_xent[F32, Bf16, F16; 256](
+            p: DevicePtr, z: DevicePtr, rows: DevicePtr, m: i64, r: i64, d: i32, shift: i64,
+        );
+        /// its gradient for p
+        fn softmax_xent_backward_p[F32, Bf16, F16; 256](
+            d_loss: DevicePtr, p: DevicePtr, z: DevicePtr, d_p: DevicePtr,
+            m: i64, r: i64, d: i32, shift: i64, accumulate: u32,
+        );
+        /// its gradient for z
+        fn softmax_xent_backward_z[F32, Bf16, F16; 256](
+            d_loss: DevicePtr, p: DevicePtr, z: DevicePtr, d_z: DevicePtr,
+            m: i64, r: i64, d: i32, shift: i64, accumulate: u32,
+        );
+    }
+
+    pub fn forward(op: Similarity, io: &CudaIo<'_>) -> Result<()> {
+        let [m, r, d] = paired(op.name(), io.inputs[0].desc, io.inputs[1].desc)?;
+        let kernel = match op.kind {
+            Kind::Cosine => negative_cosine,
+            Kind::SoftmaxXent => softmax_xent,
+        };
+        let ([p, z], rows) = ([io.inputs[0].ptr, io.inputs[1].ptr], io.workspace);
+        let call = kernel(io.dtype(), p, z, rows, m as i64, r as i64, row_length(d)?, (op.z_shift % r) as i64);
+        // SAFETY: `infer` checked that p is [m][d] and z [r][d] with m <= r; shift < r; the workspace holds m floats.
+        unsafe { io.launch(row_grid(m, d), call)? };
+        // SAFETY: the launch before wrote m floats, and the output is a scalar of float.
+        unsafe { take_means(io, Mean { of: rows, n: m, per: m, to: io.outputs[0].ptr }, None) }
+    }
+
+    pub(in crate::ops::similarity) fn backward(op: SimilarityBackward, io: &CudaIo<'_>) -> Result<()> {
+        let (d_loss, [p, z], out) = (io.inputs[0].ptr, [io.inputs[1], io.inputs[2]], io.outputs[0]);
+        let [m, r, d] = paired(op.name(), p.desc, z.desc)?;
+        let (dtype, accumulate, length) = (p.desc.dtype, u32::from(out.accumulate), row_length(d)?);
+        let (p, z, d_out, shift) = (p.ptr, z.ptr, out.ptr, op.forward.z_shift % r);
+        let (rows, back, shift) = (if op.wrt == Side::P { m } else { r }, (r - shift) as i64, shift as i64);
+        let (m, r) = (m as i64, r as i64);
+        let call = match (op.forward.kind, op.wrt) {
+            (Kind::Cosine, Side::P) => {
+                negative_cosine_backward(dtype, d_loss, p, z, d_out, m, m, r, r, length, shift, accumulate)
+            }
+            (Kind::Cosine, Side::Z) => {
+                negative_cosine_backward(dtype, d_loss, z, p, d_out, m, r, m, r, length, back, accumulate)
+            }
+            (Kind::SoftmaxXent, Side::P) => {
+                softmax_xent_backward_p(dtype, d_loss, p, z, d_out, m, r, length, shift, accumulate)
+            }
+            (Kind::SoftmaxXent, Side::Z) => {
+                softmax_xent_backward_z(dtype, d_loss, p, z, d_out, m, r, length, shift, accumulate)
+            }
+        };
+        // SAFETY: `infer` checked that p is [m][d] and z [r][d] with m <= r, and made the output like the one whose gradient
+        // it is, which has `rows` rows; both shifts are at most r.
+        unsafe { io.launch(row_grid(rows, d), call) }
     }
 }

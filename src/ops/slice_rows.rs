@@ -1,6 +1,7 @@
 //! A range of the outermost dimension: view 1 alone, for the asymmetric loss.
 
 use crate::backend::cpu::CpuIo;
+use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
 use crate::graph::{GradBuilder, Op};
@@ -54,6 +55,10 @@ impl Op for SliceRows {
         });
         Ok(())
     }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        cuda::forward(io, self.start * row_elements(io.inputs[0].desc))
+    }
 }
 
 /// d_x of [`SliceRows`]: d_y in its place, zero elsewhere.
@@ -69,6 +74,11 @@ impl Op for SliceRowsBackward {
     }
 
     fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
+        let len = inputs[0].shape.dims().first().copied().unwrap_or(0);
+        if self.start + len > self.rows {
+            let expected = format!("at most {} rows", self.rows - self.start.min(self.rows));
+            return Err(Error::shape("slice_rows_backward", "d_y", expected, inputs[0]));
+        }
         Ok(vec![with_rows(inputs[0], self.rows)])
     }
 
@@ -88,5 +98,41 @@ impl Op for SliceRowsBackward {
             d_x[first..].iter_mut().zip(d_y).for_each(|(d_x, d_y)| *d_x += d_y);
         });
         Ok(())
+    }
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        cuda::backward(io, self.start * row_elements(io.inputs[0].desc))
+    }
+}
+
+pub(super) mod cuda {
+    #![allow(unsafe_code)] // launches
+
+    use crate::backend::cuda::kernel::kernels;
+    use crate::backend::cuda::{CudaIo, DevicePtr, Grid};
+    use crate::error::Result;
+
+    kernels! { "elementwise";
+        /// y = x[first .. first + n]
+        fn slice_rows[F32, Bf16, F16; 256](x: DevicePtr, y: DevicePtr, first: i64, n: i64);
+        /// d_x[first .. first + len] = d_y, zero in the rest of its n elements; or added
+        fn slice_rows_backward[F32, Bf16, F16; 256](
+            d_y: DevicePtr, d_x: DevicePtr, first: i64, len: i64, n: i64, accumulate: i32,
+        );
+    }
+
+    pub fn forward(io: &CudaIo<'_>, first: usize) -> Result<()> {
+        let n = io.outputs[0].desc.shape.len();
+        let call = slice_rows(io.dtype(), io.inputs[0].ptr, io.outputs[0].ptr, first as i64, n as i64);
+        // SAFETY: `infer` checked that the rows from `start` on, `n` elements from `first` on, lie within x.
+        unsafe { io.launch(Grid::packs(n, io.dtype()), call) }
+    }
+
+    pub fn backward(io: &CudaIo<'_>, first: usize) -> Result<()> {
+        let (d_y, d_x) = (&io.inputs[0], &io.outputs[0]);
+        let (len, n) = (d_y.desc.shape.len(), d_x.desc.shape.len());
+        let accumulate = i32::from(d_x.accumulate);
+        let call = slice_rows_backward(io.dtype(), d_y.ptr, d_x.ptr, first as i64, len as i64, n as i64, accumulate);
+        // SAFETY: `infer` checked that all rows of d_y, `len` elements, fit into the `n` of d_x from `first` on.
+        unsafe { io.launch(Grid::packs(n, io.dtype()), call) }
     }
 }

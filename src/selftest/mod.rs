@@ -6,14 +6,15 @@ mod trajectory;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::backend::cpu::Tier;
 use crate::error::{Error, Result};
-use crate::tensor::HostTensor;
+use crate::exec::Device;
 use crate::tensor::safetensors::{self, NamedTensors};
+use crate::tensor::{DType, HostTensor};
 
 /// The set that travels in the binary.
 const EMBEDDED: &[(&str, &[u8])] = &[
     ("ops.safetensors", include_bytes!("../../tests/golden/ops.safetensors")),
+    ("shapes.safetensors", include_bytes!("../../tests/golden/shapes.safetensors")),
     ("basic-cifar-2layer.safetensors", include_bytes!("../../tests/golden/basic-cifar-2layer.safetensors")),
     ("basic-imagenet-3layer.safetensors", include_bytes!("../../tests/golden/basic-imagenet-3layer.safetensors")),
     ("bottleneck-cifar-2layer.safetensors", include_bytes!("../../tests/golden/bottleneck-cifar-2layer.safetensors")),
@@ -95,11 +96,11 @@ impl Golden {
         self.tensors.get(name).and_then(|t| t.to_f64().first().copied()).unwrap_or(0.0)
     }
 
-    fn replay(&self, tier: Tier) -> Result<Outcome> {
+    fn replay(&self, device: &Device, dtypes: &[DType]) -> Result<Outcome> {
         let name = self.path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
         let (compared, worst) = match self.meta("kind")? {
-            "simsiam-ops" => op_table::replay(self, tier)?,
-            "simsiam-trajectory" => trajectory::replay(self, tier)?,
+            "simsiam-ops" => op_table::replay(self, device, dtypes)?,
+            "simsiam-trajectory" => trajectory::replay(self, device, dtypes)?,
             other => {
                 let what = format!("metadata: kind: expected simsiam-ops or simsiam-trajectory, got {other:?}");
                 return Err(Error::format(&self.path, None, what));
@@ -109,14 +110,20 @@ impl Golden {
     }
 }
 
-/// Replays every `*.safetensors` in `folder`, or the embedded set without one; calls `report` after each file.
+/// Replays every `*.safetensors` in `folder`, or the embedded set without one, in each of `dtypes`; calls `report` after
+/// each file.
 ///
 /// # Errors
 /// Unreadable folders or files; a mismatch is no error but an [`Outcome`] that did not pass.
-pub fn run(folder: Option<&Path>, tier: Tier, mut report: impl FnMut(&Outcome)) -> Result<Vec<Outcome>> {
+pub fn run(
+    folder: Option<&Path>,
+    device: &Device,
+    dtypes: &[DType],
+    mut report: impl FnMut(&Outcome),
+) -> Result<Vec<Outcome>> {
     let mut outcomes = Vec::new();
     let mut replay = |path: PathBuf, (tensors, metadata): (NamedTensors, BTreeMap<String, String>)| -> Result<()> {
-        let outcome = Golden { path, tensors, metadata }.replay(tier)?;
+        let outcome = Golden { path, tensors, metadata }.replay(device, dtypes)?;
         report(&outcome);
         outcomes.push(outcome);
         Ok(())

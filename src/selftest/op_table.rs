@@ -1,17 +1,27 @@
-//! The op table: every op and gradient alone, in float64 and float32, against PyTorch's float64.
+//! The op table: every op and gradient alone against PyTorch's float64; in float64 and float32 on the CPU, in float32,
+//! bfloat16 and float16 on CUDA devices.
 
+mod generated;
+
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 
 use serde::Deserialize;
 
+use self::generated::Generated;
 use super::{Golden, Worst};
-use crate::backend::cpu::Tier;
 use crate::error::{Error, Result};
-use crate::exec::{CpuExecutor, Executor};
+use crate::exec::Device;
 use crate::graph::{Role, Tape, ValueId, backward, builtin};
 use crate::ops::batch_norm::{BatchNorm, BatchNormEval, Fusion};
-use crate::ops::conv2d::Conv2d;
+use crate::ops::bias::AddBias;
+use crate::ops::conv2d::{Conv2d, gradient_dtype};
+use crate::ops::cosine_loss::CosineLoss;
+use crate::ops::cross_entropy::CrossEntropy;
+use crate::ops::lars::LarsUpdate;
+use crate::ops::layout::{NchwToNhwc, NhwcToNchw};
 use crate::ops::linear::Linear;
+use crate::ops::pad_channels::PadChannels;
 use crate::ops::pool::{GlobalAvgPool, MaxPool};
 use crate::ops::relu::Relu;
 use crate::ops::sgd::{SgdUpdate, StepParam};
@@ -24,6 +34,8 @@ use crate::tensor::{DType, TensorDesc};
 const F64_RTOL: f64 = 1e-11;
 /// Error allowed in float32 beyond three times PyTorch's own, relative to the largest value of the tensor.
 const F32_RTOL: f64 = 1e-6;
+/// The tensors that stay in float32 when activations are in bfloat16 or float16.
+const MASTER: &[&str] = &["gamma", "beta", "b", "running_mean", "running_var", "loss"];
 
 /// One row of the table, as the file describes it.
 #[derive(Debug, Deserialize)]
@@ -33,6 +45,31 @@ struct Case {
     /// PyTorch's own float32 error (largest absolute), by tensor.
     #[serde(default)]
     err32: HashMap<String, f64>,
+    /// The same of its bfloat16 run; none for an op that only knows float32.
+    #[serde(default)]
+    err16: HashMap<String, f64>,
+    /// Tensors that are not in the file but made from random numbers; those that result are in the file as samples.
+    #[serde(default)]
+    generated: HashMap<String, Generated>,
+}
+
+impl Case {
+    /// Whether `device` computes the op in `dtype`.
+    fn runs(&self, device: &Device, dtype: DType) -> bool {
+        let by_library = matches!(self.op, OpCase::Conv2d { .. } | OpCase::Linear { .. });
+        (!by_library || device.has_libraries()) && (matches!(dtype, DType::F64 | DType::F32) || !self.err16.is_empty())
+    }
+
+    /// The error allowed in a tensor whose largest value is `scale`: a multiple of PyTorch's own, and rounding.
+    fn tolerance(&self, tensor: &str, dtype: DType, scale: f64) -> f64 {
+        let of = |errors: &HashMap<String, f64>| errors.get(tensor).copied().unwrap_or(0.0);
+        match dtype {
+            DType::F64 => F64_RTOL * scale,
+            DType::F32 => 3.0 * of(&self.err32) + F32_RTOL * scale,
+            // float16 is the more precise of the two.
+            _ => 2.0 * of(&self.err16) + F32_RTOL * scale,
+        }
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -47,32 +84,44 @@ enum OpCase {
     Linear { bias: bool },
     NegativeCosine { z_shift: usize },
     SoftmaxXent { z_shift: usize },
+    CosineLoss { z_shift: usize },
+    CrossEntropy,
     ZStd,
     Sgd { lr: f64, momentum: f64, weight_decay: f64 },
+    Lars { lr: f64, momentum: f64, weight_decay: f64, trust: f64, eps: f64, adapted: Vec<bool> },
+    AddBias,
+    PadChannels { channels: usize },
+    NchwToNhwc { channels: usize },
+    NhwcToNchw { channels: usize },
     SliceRows { start: usize, len: usize },
     Add,
 }
 
 /// Replays all cases; returns what was compared and the worst error.
-pub(super) fn replay(golden: &Golden, tier: Tier) -> Result<(String, Worst)> {
+pub(super) fn replay(golden: &Golden, device: &Device, dtypes: &[DType]) -> Result<(String, Worst)> {
     let cases: BTreeMap<String, Case> = serde_json::from_str(golden.meta("cases")?)
         .map_err(|e| Error::format(&golden.path, None, format!("metadata: cases: {e}")))?;
-    let (mut worst, mut tensors) = (Worst::default(), 0);
+    let (mut worst, mut tensors, mut ran) = (Worst::default(), 0, 0);
     for (name, case) in &cases {
-        for dtype in [DType::F64, DType::F32] {
-            tensors += Replay { golden, name, dtype, tier, tape: Tape::new(), leaves: Vec::new(), results: Vec::new() }
-                .run(case, &mut worst)?;
+        let mut compared = 0;
+        for &dtype in dtypes.iter().filter(|&&dtype| case.runs(device, dtype)) {
+            let (tape, leaves, results) = (Tape::new(), Vec::new(), Vec::new());
+            compared += Replay { golden, name, case, dtype, device, tape, leaves, results }.run(&mut worst)?;
         }
+        tensors += compared;
+        ran += usize::from(compared > 0);
     }
-    Ok((format!("{} ops cases, {tensors} tensors in f64 and f32", cases.len()), worst))
+    let dtypes: Vec<String> = dtypes.iter().map(DType::to_string).collect();
+    Ok((format!("{ran} of {} ops cases, {tensors} tensors in {}", cases.len(), dtypes.join(", ")), worst))
 }
 
 /// One case in one precision.
 struct Replay<'a> {
     golden: &'a Golden,
     name: &'a str,
+    case: &'a Case,
     dtype: DType,
-    tier: Tier,
+    device: &'a Device,
     tape: Tape,
     /// Leaves and the values they start from.
     leaves: Vec<(ValueId, Vec<f64>)>,
@@ -81,26 +130,31 @@ struct Replay<'a> {
 }
 
 impl Replay<'_> {
-    fn run(mut self, case: &Case, worst: &mut Worst) -> Result<usize> {
-        self.record(&case.op)?;
+    fn run(mut self, worst: &mut Worst) -> Result<usize> {
+        self.record(&self.case.op)?;
         let compared = self.results.len();
         for (_, value) in &self.results {
             self.tape.keep(*value);
         }
-        let mut exec = CpuExecutor::poisoned(self.tape, self.tier)?;
+        let mut exec = self.device.poisoned_executor(self.tape)?;
         for (leaf, values) in &self.leaves {
             let dtype = exec.tape().desc(*leaf).dtype;
-            exec.write(*leaf, &encode(values, dtype))?;
+            exec.write(*leaf, &dtype.encode(values))?;
         }
         exec.run_step()?;
-        if let Some(buffer) = exec.overrun() {
+        if let Some(buffer) = exec.overrun()? {
             return Err(Error::Mismatch(format!("{}: a node wrote behind buffer {buffer}", self.name)));
         }
         for (tensor, value) in &self.results {
             let expected = self.golden.values(&format!("{}/{tensor}", self.name))?;
-            let own_error = if self.dtype == DType::F32 { case.err32.get(tensor).copied().unwrap_or(0.0) } else { 0.0 };
+            let mut got = exec.read(*value)?.to_f64();
+            if !self.case.generated.is_empty() {
+                got = generated::samples(&got);
+            }
+            let scale = expected.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
+            let tolerance = self.case.tolerance(tensor, self.dtype, scale) + f64::MIN_POSITIVE;
             let label = || format!("{}/{tensor} in {}", self.name, self.dtype);
-            compare(worst, label, &exec.read(*value)?.to_f64(), &expected, self.dtype, own_error);
+            worst.observe(label, largest_difference(&got, &expected), tolerance);
         }
         Ok(compared)
     }
@@ -127,8 +181,24 @@ impl Replay<'_> {
             OpCase::SoftmaxXent { z_shift } => {
                 self.op(Similarity { kind: Kind::SoftmaxXent, z_shift }, &["p", "z"], &["loss"])
             }
+            OpCase::CosineLoss { z_shift } => self.cosine_loss(z_shift),
+            OpCase::CrossEntropy => self.cross_entropy(),
             OpCase::ZStd => self.op(ZStd, &["z"], &["z_std"]),
-            OpCase::Sgd { lr, momentum, weight_decay } => self.sgd([lr, lr, momentum, weight_decay]),
+            OpCase::Sgd { lr, momentum, weight_decay } => {
+                let op = SgdUpdate { lr: vec![StepParam::Lr], copies: Vec::new() };
+                self.optimiser(op, [lr, lr, momentum, weight_decay], &["g"], &["w"], &["v"])
+            }
+            OpCase::Lars { lr, momentum, weight_decay, trust, eps, ref adapted } => {
+                let names = |prefix: &str| (0..adapted.len()).map(|i| format!("{prefix}{i}")).collect::<Vec<_>>();
+                let op = LarsUpdate { lr: vec![StepParam::Lr; adapted.len()], adapted: adapted.clone(), trust, eps };
+                let [g, w, v] = ["g", "w", "v"].map(names);
+                let [g, w, v] = [&g, &w, &v].map(|names| names.iter().map(String::as_str).collect::<Vec<_>>());
+                self.optimiser(op, [lr, lr, momentum, weight_decay], &g, &w, &v)
+            }
+            OpCase::AddBias => self.op(AddBias, &["x", "b"], &["y"]),
+            OpCase::PadChannels { channels } => self.op(PadChannels { channels }, &["x"], &["y"]),
+            OpCase::NchwToNhwc { channels } => self.op(NchwToNhwc { channels, to: self.dtype }, &["x"], &["y"]),
+            OpCase::NhwcToNchw { channels } => self.op(NhwcToNchw { channels }, &["x"], &["y"]),
             OpCase::SliceRows { start, len } => self.op(SliceRows { start, len }, &["x"], &["y"]),
             OpCase::Add => self.op(builtin::Add, &["a", "b"], &["y"]),
         }
@@ -154,13 +224,41 @@ impl Replay<'_> {
         self.differentiate(&inputs, &["y", "mean", "rstd"], &recorded)
     }
 
-    fn sgd(&mut self, step_params: [f64; StepParam::COUNT]) -> Result<()> {
+    /// The target is a constant, and the gradient of the loss an input.
+    fn cosine_loss(&mut self, z_shift: usize) -> Result<()> {
+        let p = self.inputs(&["p"], Role::Input)?;
+        let z = self.leaf("in", "z", Role::Input, false)?;
+        let d_loss = self.leaf("d_out", "loss", Role::Input, false)?;
+        let recorded = self.tape.record(CosineLoss { z_shift }, &[p[0].1, z, d_loss])?;
+        self.compare_outputs(&["loss", "z_std"], &recorded);
+        self.compare_gradients(&p, &[(recorded[0], d_loss)])
+    }
+
+    fn cross_entropy(&mut self) -> Result<()> {
+        let logits = self.inputs(&["logits"], Role::Input)?;
+        let labels = self.golden.tensor(&format!("{}/in/labels", self.name))?;
+        let desc = TensorDesc::new(labels.desc().shape.dims(), DType::I64);
+        let leaf = self.tape.leaf("labels", desc, Role::Input, false);
+        self.leaves.push((leaf, labels.to_f64()));
+        let recorded = self.tape.record(CrossEntropy, &[logits[0].1, leaf])?;
+        self.differentiate(&logits, &["loss", "correct"], &recorded)
+    }
+
+    /// Records an optimiser over named gradients, weights and momenta.
+    fn optimiser(
+        &mut self,
+        op: impl crate::graph::Op + 'static,
+        step_params: [f64; StepParam::COUNT],
+        gradients: &[&str],
+        weights: &[&str],
+        momenta: &[&str],
+    ) -> Result<()> {
         let params = self.tape.leaf("step_params", StepParam::desc(), Role::Input, false);
         self.leaves.push((params, step_params.to_vec()));
-        let gradient = self.inputs(&["g"], Role::Input)?[0].1;
-        let state = self.inputs(&["w", "v"], Role::Parameter)?;
-        let op = SgdUpdate { lr: vec![StepParam::Lr] };
-        self.tape.update(op, &[params, gradient], &[state[0].1, state[1].1])?;
+        let gradients = self.inputs(gradients, Role::Input)?;
+        let state = self.inputs(&[weights, momenta].concat(), Role::Parameter)?;
+        let inputs: Vec<ValueId> = [params].into_iter().chain(gradients.iter().map(|(_, g)| *g)).collect();
+        self.tape.update(op, &inputs, &state.iter().map(|(_, value)| *value).collect::<Vec<_>>())?;
         self.results.extend(state.into_iter().map(|(name, value)| (format!("out/{name}"), value)));
         Ok(())
     }
@@ -172,24 +270,46 @@ impl Replay<'_> {
     }
 
     fn leaf(&mut self, folder: &str, name: &str, role: Role, requires_grad: bool) -> Result<ValueId> {
-        let tensor = self.golden.tensor(&format!("{}/{folder}/{name}", self.name))?;
-        let desc = TensorDesc::new(tensor.desc().shape.dims(), self.dtype);
-        let value = self.tape.leaf(name, desc, role, requires_grad);
-        self.leaves.push((value, tensor.to_f64()));
+        let key = format!("{folder}/{name}");
+        let (shape, values) = match self.case.generated.get(&key) {
+            Some(generated) => (Cow::Borrowed(&generated.shape[..]), generated.values(self.name, &key)),
+            None => {
+                let tensor = self.golden.tensor(&format!("{}/{key}", self.name))?;
+                (Cow::Owned(tensor.desc().shape.dims().to_vec()), tensor.to_f64())
+            }
+        };
+        let dtype = if MASTER.contains(&name) { gradient_dtype(self.dtype) } else { self.dtype };
+        let value = self.tape.leaf(name, TensorDesc::new(&shape[..], dtype), role, requires_grad);
+        self.leaves.push((value, values));
         Ok(value)
     }
 
+    /// Whether the case has this tensor.
+    fn has(&self, folder: &str, name: &str) -> bool {
+        let key = format!("{folder}/{name}");
+        self.case.generated.contains_key(&key) || self.golden.tensors.contains_key(&format!("{}/{key}", self.name))
+    }
+
     fn differentiate(&mut self, inputs: &[(String, ValueId)], outputs: &[&str], recorded: &[ValueId]) -> Result<()> {
+        self.compare_outputs(outputs, recorded);
         let mut seeds = Vec::new();
         for (name, &value) in outputs.iter().zip(recorded) {
-            self.results.push((format!("out/{name}"), value));
-            if self.golden.tensors.contains_key(&format!("{}/d_out/{name}", self.name)) {
+            if self.has("d_out", name) {
                 seeds.push((value, self.leaf("d_out", name, Role::Input, false)?));
             }
         }
-        let gradients = backward(&mut self.tape, &seeds)?;
+        self.compare_gradients(inputs, &seeds)
+    }
+
+    fn compare_outputs(&mut self, names: &[&str], recorded: &[ValueId]) {
+        let named = names.iter().zip(recorded);
+        self.results.extend(named.map(|(name, &value)| (format!("out/{name}"), value)));
+    }
+
+    fn compare_gradients(&mut self, inputs: &[(String, ValueId)], seeds: &[(ValueId, ValueId)]) -> Result<()> {
+        let gradients = backward(&mut self.tape, seeds)?;
         for (name, value) in inputs {
-            if self.golden.tensors.contains_key(&format!("{}/d_in/{name}", self.name)) {
+            if self.has("d_in", name) {
                 let gradient = gradients.get(value).ok_or_else(|| {
                     Error::Mismatch(format!("{}: the engine computes no gradient for {name}", self.name))
                 })?;
@@ -205,29 +325,11 @@ fn optional_names(affine: bool, residual: bool) -> impl Iterator<Item = &'static
     affine.iter().copied().chain(residual.then_some("residual"))
 }
 
-fn encode(values: &[f64], dtype: DType) -> Vec<u8> {
-    match dtype {
-        DType::F64 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        DType::I64 => values.iter().flat_map(|v| (*v as i64).to_le_bytes()).collect(),
-        _ => values.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect(),
+/// Infinite where the lengths differ, NaN where a value is.
+fn largest_difference(got: &[f64], expected: &[f64]) -> f64 {
+    if got.len() != expected.len() {
+        return f64::INFINITY;
     }
-}
-
-/// The largest error of a tensor against `3 own_error + rtol max|expected|`.
-fn compare(
-    worst: &mut Worst,
-    label: impl FnOnce() -> String,
-    got: &[f64],
-    expected: &[f64],
-    dtype: DType,
-    own_error: f64,
-) {
-    let scale = expected.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
-    let rtol = if dtype == DType::F64 { F64_RTOL } else { F32_RTOL };
-    let error = match got.len() == expected.len() {
-        // f64::max would drop a NaN.
-        true => got.iter().zip(expected).map(|(g, e)| (g - e).abs()).fold(0.0, |m, d| if d <= m { m } else { d }),
-        false => f64::INFINITY,
-    };
-    worst.observe(label, error, 3.0 * own_error + rtol * scale + f64::MIN_POSITIVE);
+    // f64::max would drop a NaN.
+    got.iter().zip(expected).map(|(g, e)| (g - e).abs()).fold(0.0, |m, d| if d <= m { m } else { d })
 }

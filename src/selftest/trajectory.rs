@@ -2,9 +2,8 @@
 //! (training from random weights is ill-conditioned, so a constant would be too loose or too strict).
 
 use super::{Golden, Worst};
-use crate::backend::cpu::Tier;
 use crate::error::{Error, Result};
-use crate::exec::{CpuExecutor, Executor};
+use crate::exec::Device;
 use crate::nn::heads::{HeadNorm, Heads, OutBias, PredictorKind};
 use crate::nn::resnet::{Block, ResNet, Stem};
 use crate::nn::simsiam::{SimSiam, TrainGraph};
@@ -13,23 +12,34 @@ use crate::ops::similarity::Kind;
 use crate::tensor::{DType, HostTensor};
 use crate::train::state::{read_params, to_torch, write_params};
 
-/// Factor over PyTorch's own float32 error.
-const FACTOR: f64 = 3.0;
+/// Replays a file in each of `dtypes` that PyTorch's own error is known for; returns what was compared and the worst error.
+pub(super) fn replay(golden: &Golden, device: &Device, dtypes: &[DType]) -> Result<(String, Worst)> {
+    if !device.has_libraries() {
+        return Ok(("not run: its convolutions need cuDNN, which this version does not call".into(), Worst::default()));
+    }
+    let (mut worst, mut compared) = (Worst::default(), String::from("no element type in common"));
+    let known: Vec<DType> = dtypes.iter().copied().filter(|dtype| matches!(dtype, DType::F32 | DType::Bf16)).collect();
+    for &dtype in &known {
+        let check = Check { golden, dtype, worst };
+        (compared, worst) = replay_in(check, device)?;
+    }
+    let dtypes: Vec<String> = known.iter().map(DType::to_string).collect();
+    Ok((format!("{compared} in {}", dtypes.join(", ")), worst))
+}
 
-/// Replays a file; returns what was compared and the worst error.
-pub(super) fn replay(golden: &Golden, tier: Tier) -> Result<(String, Worst)> {
+fn replay_in(mut check: Check<'_>, device: &Device) -> Result<(String, Worst)> {
+    let (golden, dtype) = (check.golden, check.dtype);
     let model = model(golden)?;
     let (batch, steps): (usize, usize) = (golden.parse("batch")?, golden.parse("steps")?);
-    let graph = model.train_graph(batch, golden.parse("image_size")?, DType::F32, true)?;
+    let graph = model.train_graph(batch, golden.parse("image_size")?, dtype, true)?;
     let TrainGraph { tape, views, step_params, loss, z_std, params, gradients, .. } = graph;
-    let mut exec = CpuExecutor::new(tape, tier)?;
-    write_params(&mut exec, &params, |name, _| golden.tensor(&format!("init/{name}")).cloned())?;
+    let mut exec = device.executor(tape)?;
+    write_params(&mut *exec, &params, |name, _| golden.tensor(&format!("init/{name}")).cloned())?;
     exec.write(step_params, bytemuck::cast_slice(&hyper_parameters(golden)?))?;
 
-    let mut check = Check { golden, worst: Worst::default() };
     let (mut losses, mut stds) = (Vec::new(), Vec::new());
     for step in 0..steps {
-        exec.write(views, bytemuck::cast_slice(&both_views(golden, step)?))?;
+        exec.write(views, &dtype.encode(&both_views(golden, step)?))?;
         exec.run_step()?;
         losses.push(scalar(&exec.read(loss)?));
         stds.push(scalar(&exec.read(z_std)?));
@@ -39,11 +49,11 @@ pub(super) fn replay(golden: &Golden, tier: Tier) -> Result<(String, Worst)> {
         }
     }
     check.losses(&losses, &stds)?;
-    let last = read_params(&exec, &params)?;
+    let last = read_params(&*exec, &params)?;
     for (name, tensor) in &last {
         check.last(name, tensor, steps)?;
     }
-    let compared = format!("{steps} steps, {} gradients, {} final tensors in f32", gradients.len(), last.len());
+    let compared = format!("{steps} steps, {} gradients, {} final tensors", gradients.len(), last.len());
     Ok((compared, check.worst))
 }
 
@@ -100,12 +110,12 @@ fn hyper_parameters(golden: &Golden) -> Result<[f64; StepParam::COUNT]> {
 }
 
 /// Both views of a step, from two NCHW tensors to one NHWC tensor.
-fn both_views(golden: &Golden, step: usize) -> Result<Vec<f32>> {
+fn both_views(golden: &Golden, step: usize) -> Result<Vec<f64>> {
     let mut views = Vec::new();
     for view in ["view1", "view2"] {
         let tensor = golden.tensor(&format!("{view}/{step}"))?;
         let [_, c, h, w] = tensor.desc().shape.expect("golden", view)?;
-        for image in tensor.to_f32()?.chunks_exact(c * h * w) {
+        for image in tensor.to_f64().chunks_exact(c * h * w) {
             views.extend((0..h * w).flat_map(|pixel| (0..c).map(move |channel| image[channel * h * w + pixel])));
         }
     }
@@ -114,24 +124,37 @@ fn both_views(golden: &Golden, step: usize) -> Result<Vec<f32>> {
 
 struct Check<'a> {
     golden: &'a Golden,
+    dtype: DType,
     worst: Worst,
 }
 
 impl Check<'_> {
+    /// How many times PyTorch's own error in the same element type is allowed.
+    fn factor(&self) -> f64 {
+        if self.dtype == DType::F32 { 3.0 } else { 2.0 }
+    }
+
+    /// The name of PyTorch's own error of `tensor`.
+    fn own(&self, tensor: &str) -> String {
+        let folder = if self.dtype == DType::F32 { "err32" } else { "err16" };
+        format!("{folder}/{tensor}")
+    }
+
     fn losses(&mut self, losses: &[f64], stds: &[f64]) -> Result<()> {
-        let (expected, own) = (self.golden.values("loss")?, self.golden.values("err32/loss")?);
+        let (expected, own) = (self.golden.values("loss")?, self.golden.values(&self.own("loss"))?);
         let expected_std = self.golden.values("z_std")?;
         if [expected.len(), own.len(), expected_std.len()] != [losses.len(); 3] {
-            let what = format!("loss, err32/loss and z_std: expected {} values each", losses.len());
+            let what = format!("loss, {} and z_std: expected {} values each", self.own("loss"), losses.len());
             return Err(Error::format(&self.golden.path, None, what));
         }
         let mut own_max: f64 = 0.0;
         for step in 0..losses.len() {
             own_max = own_max.max(own[step]);
             let drift = if step == 0 { 2e-6 } else { 1e-5 * step as f64 };
-            let tolerance = FACTOR * own_max + drift;
+            let tolerance = self.factor() * own_max + drift;
             self.worst.observe(|| format!("loss of step {step}"), (losses[step] - expected[step]).abs(), tolerance);
-            self.worst.observe(|| format!("z std of step {step}"), (stds[step] - expected_std[step]).abs(), 1e-4);
+            let tolerance = if self.dtype == DType::F32 { 1e-4 } else { 1e-3 };
+            self.worst.observe(|| format!("z std of step {step}"), (stds[step] - expected_std[step]).abs(), tolerance);
         }
         Ok(())
     }
@@ -141,9 +164,9 @@ impl Check<'_> {
         let (mut errors, mut own_errors) = (Vec::new(), Vec::new());
         for (name, gradient) in gradients {
             let expected = self.golden.values(&format!("grad0/{name}"))?;
-            let own = self.golden.scalar_or_zero(&format!("err32/grad0/{name}"));
+            let own = self.golden.scalar_or_zero(&self.own(&format!("grad0/{name}")));
             let (error, size) = (distance(&gradient.to_f64(), &expected), norm(&expected));
-            let tolerance = FACTOR * own + 5e-3 * size + f64::MIN_POSITIVE;
+            let tolerance = self.factor() * own + 5e-3 * size + f64::MIN_POSITIVE;
             self.worst.observe(|| format!("gradient of {name}"), error, tolerance);
             errors.push(error / size.max(f64::MIN_POSITIVE));
             own_errors.push(own / size.max(f64::MIN_POSITIVE));
@@ -153,7 +176,7 @@ impl Check<'_> {
             let what = format!("the file has {expected} gradients, the network {}", gradients.len());
             return Err(Error::format(&self.golden.path, None, what));
         }
-        let tolerance = FACTOR * median(&mut own_errors) + 1e-4;
+        let tolerance = self.factor() * median(&mut own_errors) + 1e-4;
         self.worst.observe(|| "median gradient".into(), median(&mut errors), tolerance);
         Ok(())
     }
@@ -166,10 +189,10 @@ impl Check<'_> {
             self.worst.observe(|| format!("final {name}"), error, 0.5);
             return Ok(());
         }
-        let own = self.golden.scalar_or_zero(&format!("err32/final/{name}"));
+        let own = self.golden.scalar_or_zero(&self.own(&format!("final/{name}")));
         let size = norm(&expected);
         let rounding = 1e-6 * size + 1e-6 * (expected.len() as f64).sqrt();
-        let tolerance = FACTOR * own + 1e-2 * distance(&expected, &init) + rounding;
+        let tolerance = self.factor() * own + 1e-2 * distance(&expected, &init) + rounding;
         self.worst.observe(|| format!("final {name}"), distance(&got, &expected), tolerance);
         Ok(())
     }

@@ -34,6 +34,18 @@ impl DType {
             DType::U8 => 1,
         }
     }
+
+    /// Little-endian elements of this type nearest to `values`.
+    pub fn encode(self, values: &[f64]) -> Vec<u8> {
+        match self {
+            DType::F64 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            DType::F32 => values.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect(),
+            DType::Bf16 => values.iter().flat_map(|v| half::bf16::from_f64(*v).to_le_bytes()).collect(),
+            DType::F16 => values.iter().flat_map(|v| half::f16::from_f64(*v).to_le_bytes()).collect(),
+            DType::I64 => values.iter().flat_map(|v| (*v as i64).to_le_bytes()).collect(),
+            DType::U8 => values.iter().map(|v| *v as u8).collect(),
+        }
+    }
 }
 
 impl fmt::Display for DType {

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from . import tensor_file
 
 # Kept in float32 when everything else is rounded to bfloat16.
-_FLOAT32_NAMES = {"gamma", "beta", "running_mean", "running_var", "loss"}
+_FLOAT32_NAMES = {"gamma", "beta", "running_mean", "running_var", "loss", "labels"}
 # How far from zero everything that enters a ReLU or a maximum stays, so that no rounding changes which side it is on.
 _MARGIN = 2e-4
 
@@ -143,6 +143,22 @@ def z_std(i, a):
     return {"z_std": F.normalize(z, dim=1).std(0).mean()}
 
 
+def cosine_loss(i, a):
+    """One node: the loss to a constant target, and z std."""
+    return negative_cosine(i | {"z": i["z"].detach()}, a) | z_std(i, a)
+
+
+def cross_entropy(i, a):
+    logits = i["logits"].float() if i["logits"].dtype == torch.bfloat16 else i["logits"]
+    labels = i["labels"].long()
+    # topk leaves the order of equal logits open: of those the lower class comes first.
+    target = logits.gather(1, labels[:, None])
+    classes = torch.arange(logits.shape[1])
+    rank = ((logits > target) | ((logits == target) & (classes < labels[:, None]))).sum(1)
+    correct = torch.stack([(rank < top).sum() for top in (1, 5)]).to(logits.dtype)
+    return {"loss": F.cross_entropy(logits, labels), "correct": correct}
+
+
 def sgd(i, a):
     w = torch.nn.Parameter(i["w"].detach().clone())
     w.grad = i["g"].detach().clone()
@@ -150,6 +166,42 @@ def sgd(i, a):
     optimiser.state[w]["momentum_buffer"] = i["v"].detach().clone()
     optimiser.step()
     return {"w": w.detach(), "v": optimiser.state[w]["momentum_buffer"]}
+
+
+def lars(i, a):
+    """Apex's LARC (github.com/NVIDIA/apex, apex/parallel/LARC.py) with clip=False, in its formulas: the gradient, with weight
+    decay, times trust |w| / (|g| + weight_decay |w| + eps) where both norms are above 0, the bare gradient where not; then
+    SGD without weight decay. The trust coefficient is the one of You, Gitman, Ginsburg (arXiv 1708.03888). A parameter that
+    is not adapted is treated as one of norm 0."""
+    weights = [torch.nn.Parameter(i[f"w{k}"].detach().clone()) for k in range(len(a["adapted"]))]
+    optimiser = torch.optim.SGD(weights, a["lr"], a["momentum"])
+    for k, (w, adapted) in enumerate(zip(weights, a["adapted"])):
+        g = i[f"g{k}"].detach().clone()
+        w_norm, g_norm = torch.linalg.vector_norm(w.detach()), torch.linalg.vector_norm(g)
+        if adapted and w_norm != 0 and g_norm != 0:
+            rate = a["trust"] * w_norm / (g_norm + w_norm * a["weight_decay"] + a["eps"])
+            g = (g + a["weight_decay"] * w.detach()) * rate
+        w.grad = g
+        optimiser.state[w]["momentum_buffer"] = i[f"v{k}"].detach().clone()
+    optimiser.step()
+    outputs = {f"w{k}": w.detach() for k, w in enumerate(weights)}
+    return outputs | {f"v{k}": optimiser.state[w]["momentum_buffer"] for k, w in enumerate(weights)}
+
+
+def add_bias(i, a):
+    return {"y": i["x"] + i["b"]}
+
+
+def pad_channels(i, a):
+    return {"y": F.pad(i["x"], (0, a["channels"] - i["x"].shape[-1]))}
+
+
+def nchw_to_nhwc(i, a):
+    return {"y": pad_channels({"x": nhwc(i["x"])}, a)["y"]}
+
+
+def nhwc_to_nchw(i, a):
+    return {"y": nchw(i["x"][..., : a["channels"]])}
 
 
 def slice_rows(i, a):
@@ -171,12 +223,20 @@ OPS = {
     "linear": (linear, "y", ("x", "w", "b")),
     "negative_cosine": (negative_cosine, "loss", ("p", "z")),
     "softmax_xent": (softmax_xent, "loss", ("p", "z")),
+    "cosine_loss": (cosine_loss, "loss", ("p",)),
+    "cross_entropy": (cross_entropy, "loss", ("logits",)),
     "z_std": (z_std, None, ()),
     "sgd": (sgd, None, ()),
+    "lars": (lars, None, ()),
+    "add_bias": (add_bias, "y", ("x", "b")),
+    "pad_channels": (pad_channels, "y", ("x",)),
+    "nchw_to_nhwc": (nchw_to_nhwc, "y", ("x",)),
+    "nhwc_to_nchw": (nhwc_to_nchw, "y", ("x",)),
     "slice_rows": (slice_rows, "y", ("x",)),
     "add": (add, "y", ("a", "b")),
 }
-_NO_BFLOAT16 = {"sgd"}
+# Optimisers keep float32, and one side of a change of layout is always float32.
+_NO_BFLOAT16 = {"sgd", "lars", "nchw_to_nhwc", "nhwc_to_nchw"}
 
 
 def run(op, attributes, inputs, d_out, dtype=torch.float64):
@@ -211,6 +271,8 @@ def cases():
     yield from _norm_cases()
     yield from _pool_and_linear_cases()
     yield from _loss_cases()
+    yield from _cosine_loss_cases()
+    yield from _cross_entropy_cases()
     yield from _small_cases()
 
 
@@ -374,6 +436,61 @@ def _loss_cases():
         yield case, "z_std", {}, {"z": Draw(case).normal(*shape, mean=mean)}
 
 
+def _cosine_loss_cases():
+    #        case                 rows of p, of z, dims, shift, mean of z
+    table = [
+        ("symmetric",             (10, 10, 17, 5), -0.1),
+        ("asymmetric",            (5, 10, 24, 5), 0.3),
+        ("shift_wraps",           (7, 9, 5, 6), 0.0),
+        ("two_columns",           (1, 2, 2, 1), 0.4),
+        ("three_columns",         (31, 33, 3, 16), -0.2),
+        ("wide_row",              (1, 2, 2048, 1), 0.1),
+        ("wide_odd_row",          (1, 2, 1031, 0), -0.3),
+        ("nearly_collapsed",      (9, 12, 64, 3), 8.0),
+    ]  # fmt: skip
+    for case, (m, r, d, shift), mean in table:
+        case = f"cosine_loss/{case}"
+        draw = Draw(case)
+        inputs = {"p": draw.normal(m, d, mean=0.2), "z": draw.normal(r, d, mean=mean, std=1.5)}
+        yield case, "cosine_loss", {"z_shift": shift}, inputs
+
+    # One odd row among ordinary ones, in p (row 1) and in z (row 0, the target of p's row 2).
+    for case, scale in [("small_norm", 1e-4), ("below_eps", 1e-10), ("below_both_eps", 1e-14), ("zero_row", 0.0)]:
+        case = f"cosine_loss/{case}"
+        draw = Draw(case)
+        p, z = draw.normal(3, 5), draw.normal(4, 5)
+        p[1] *= scale
+        z[0] *= scale
+        yield case, "cosine_loss", {"z_shift": 2}, {"p": p.float().double(), "z": z.float().double()}
+
+
+def _cross_entropy_cases():
+    #        case                rows, classes, std of logits
+    table = [
+        ("ten_classes",          (33, 10), 2.0),
+        ("three_classes",        (7, 3), 1.0),
+        ("one_class",            (2, 1), 1.0),
+        ("one_row",              (1, 24), 3.0),
+        ("thousand_classes",     (5, 1000), 4.0),
+        ("odd_thousands",        (1, 2049), 1.0),
+        ("wide",                 (1, 4104), 1.0),
+        ("large_values",         (5, 17), 60.0),
+    ]  # fmt: skip
+    for case, (m, classes), std in table:
+        case = f"cross_entropy/{case}"
+        draw = Draw(case)
+        logits, labels = draw.normal(m, classes, mean=-0.5, std=std), draw.integers(0, classes, m)
+        # Every second label has one of the larger logits, so that some are right.
+        for row in range(0, m, 2):
+            labels[row] = logits[row].argsort(descending=True)[min(row // 2 % 7, classes - 1)]
+        yield case, "cross_entropy", {}, {"logits": logits, "labels": labels}
+
+    # Few distinct logits: the rank of a label is decided by its place among equals.
+    case = "cross_entropy/equal_logits"
+    draw = Draw(case)
+    yield case, "cross_entropy", {}, {"logits": draw.integers(0, 3, 40, 9), "labels": draw.integers(0, 9, 40)}
+
+
 def _small_cases():
     for case, shape, decay, first in [
         ("first_step", (33,), 1e-4, True),
@@ -387,6 +504,39 @@ def _small_cases():
         inputs["v"] = torch.zeros_like(inputs["w"]) if first else draw.normal(*shape, std=0.3)
         yield case, "sgd", {"lr": 0.0625, "momentum": 0.9, "weight_decay": decay}, inputs
 
+    #        case            shapes                        weight decay  all adapted
+    table = [
+        ("linear_head",      [(10, 33), (10,)],            0.0,  True),
+        ("weight_decay",     [(7, 3, 3, 5), (31,), (4, 7)], 0.05, True),
+        ("without_vectors",  [(5, 24), (5,), (24, 2)],     0.01, False),
+    ]  # fmt: skip
+    for case, shapes, decay, all_adapted in table:
+        case = f"lars/{case}"
+        draw = Draw(case)
+        inputs = {}
+        for k, shape in enumerate(shapes):
+            inputs |= {f"w{k}": draw.normal(*shape), f"g{k}": draw.normal(*shape, std=0.1), f"v{k}": draw.normal(*shape, std=0.01)}
+        if decay == 0.0:
+            inputs["w1"] = torch.zeros_like(inputs["w1"])  # a bias at its start: no ratio
+        adapted = [all_adapted or len(shape) > 1 for shape in shapes]
+        attributes = {"lr": 1.6, "momentum": 0.9, "weight_decay": decay, "trust": 0.001, "eps": 1e-8, "adapted": adapted}
+        yield case, "lars", attributes, inputs
+
+    for case, shape in [("narrow", (33, 3)), ("one_row", (1, 24)), ("odd", (67, 31)), ("wide", (5, 264)), ("long", (1031, 8))]:
+        case = f"add_bias/{case}"
+        draw = Draw(case)
+        yield case, "add_bias", {}, {"x": draw.normal(*shape, mean=0.3), "b": draw.normal(shape[1])}
+
+    for case, shape, channels in [("image", (2, 5, 3, 3), 8), ("stem", (7, 3, 3, 3), 4), ("same", (3, 1, 2, 8), 8), ("odd", (33, 7), 31)]:
+        case = f"pad_channels/{case}"
+        yield case, "pad_channels", {"channels": channels}, {"x": Draw(case).normal(*shape)}
+
+    for case, shape, channels in [("image", (3, 3, 7, 5), 8), ("many_channels", (2, 37, 5, 9), 40), ("pixel", (1, 1, 1, 1), 1)]:
+        for op, there in (("nchw_to_nhwc", lambda n, c, h, w: (n, c, h, w)), ("nhwc_to_nchw", lambda n, c, h, w: (n, h, w, channels))):
+            case_name = f"{op}/{case}"
+            wanted = channels if op == "nchw_to_nhwc" else shape[1]
+            yield case_name, op, {"channels": wanted}, {"x": Draw(case_name).normal(*there(*shape))}
+
     for case, shape, start, length in [("4d", (5, 2, 3, 7), 2, 2), ("2d_first", (6, 5), 0, 3), ("2d_last", (6, 5), 3, 3)]:
         case = f"slice_rows/{case}"
         yield case, "slice_rows", {"start": start, "len": length}, {"x": Draw(case).normal(*shape)}
@@ -397,7 +547,15 @@ def _small_cases():
         yield case, "add", {}, {"a": draw.normal(*shape), "b": draw.normal(*shape)}
 
 
-_NOT_SMOOTH = {"max_pool/ties", "relu/zeros", "negative_cosine/below_eps", "negative_cosine/zero_row"}
+_NOT_SMOOTH = {
+    "max_pool/ties",
+    "relu/zeros",
+    "negative_cosine/below_eps",
+    "negative_cosine/zero_row",
+    "cosine_loss/below_eps",
+    "cosine_loss/below_both_eps",
+    "cosine_loss/zero_row",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -406,6 +564,16 @@ _NOT_SMOOTH = {"max_pool/ties", "relu/zeros", "negative_cosine/below_eps", "nega
 
 def _error(got, want):
     return float((got - want).abs().max())
+
+
+def own_errors(op, attributes, inputs, d_out, results):
+    """Yields ("err32", {tensor: error}) and, where the op runs in it, ("err16", ...): PyTorch's own errors against `results`."""
+    for key, dtype in (("err32", torch.float32), ("err16", torch.bfloat16)):
+        if dtype == torch.bfloat16 and op in _NO_BFLOAT16:
+            continue
+        outputs, d_in = run(op, attributes, inputs, d_out, dtype)
+        low = {f"out/{n}": t for n, t in outputs.items()} | {f"d_in/{n}": t for n, t in d_in.items()}
+        yield key, {name: float(f"{_error(low[name], tensor):.3g}") for name, tensor in results.items()}
 
 
 def make(path):
@@ -420,13 +588,8 @@ def make(path):
         outputs, d_in = run(op, attributes, inputs, d_out)
 
         row = {"op": op, **attributes, "smooth": case not in _NOT_SMOOTH}
-        for key, dtype in (("err32", torch.float32), ("err16", torch.bfloat16)):
-            if dtype == torch.bfloat16 and op in _NO_BFLOAT16:
-                continue
-            out_low, d_low = run(op, attributes, inputs, d_out, dtype)
-            errors = {f"out/{n}": _error(out_low[n], t) for n, t in outputs.items()}
-            errors |= {f"d_in/{n}": _error(d_low[n], t) for n, t in d_in.items()}
-            row[key] = {name: float(f"{e:.3g}") for name, e in errors.items()}
+        results = {f"out/{n}": t for n, t in outputs.items()} | {f"d_in/{n}": t for n, t in d_in.items()}
+        row |= dict(own_errors(op, attributes, inputs, d_out, results))
         table[case] = row
         for role, group in (("in", inputs), ("out", outputs), ("d_out", d_out), ("d_in", d_in)):
             tensors |= {f"{case}/{role}/{name}": tensor for name, tensor in group.items()}

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)] // declares launches, whose conditions callers discharge
 
 use std::fmt::Debug;
+use std::time::Duration;
 
 use crate::error::Result;
 
@@ -11,6 +12,9 @@ use super::kernel::{Call, DevicePtr, Grid};
 pub trait Driver: Debug + Send + Sync {
     /// What the device is, for people: `NVIDIA H100 80GB HBM3` or `emulated on 2 CPU threads`.
     fn name(&self) -> String;
+
+    /// Whether the device is the CPU in disguise.
+    fn emulated(&self) -> bool;
 
     /// Reserves memory at a multiple of 256 bytes; its content is undefined.
     ///
@@ -23,6 +27,12 @@ pub trait Driver: Debug + Send + Sync {
     /// # Errors
     /// A fault of an earlier launch.
     fn free(&self, memory: DevicePtr) -> Result<()>;
+
+    /// Sets `bytes` bytes of the device to `value`.
+    ///
+    /// # Errors
+    /// As [`Driver::upload`].
+    fn fill(&self, to: DevicePtr, bytes: usize, value: u8) -> Result<()>;
 
     /// Copies host bytes to the device.
     ///
@@ -53,6 +63,12 @@ pub trait Driver: Debug + Send + Sync {
     /// With these arguments and this grid, the kernel must touch only memory of this driver that is allocated, in bounds of
     /// the buffers it is given, and that no other kernel of this launch order expects unchanged.
     unsafe fn launch(&self, grid: Grid, call: Call) -> Result<()>;
+
+    /// How long the device takes for what `work` starts, without what came before it.
+    ///
+    /// # Errors
+    /// Those of `work`; a fault of a launch.
+    fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration>;
 
     /// Waits for everything that was started.
     ///

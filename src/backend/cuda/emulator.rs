@@ -3,20 +3,25 @@
 //! The library is part of this binary; `SIMSIAM_EMULATOR=FILE` names another one, such as a build for a sanitizer.
 #![allow(unsafe_code)] // calls into a C library and hands it pointers
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::ffi::{CStr, OsString, c_char, c_void};
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 use std::{env, io, slice};
 
 use libloading::Library;
 
 use crate::error::{Error, Result};
 
+use super::allocations::Allocations;
 use super::{Call, DevicePtr, Driver, Grid, Kernel};
 
 /// The library of `kernels/emulator/build.sh`.
 static EMBEDDED: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/emulator.so"));
+
+/// Bytes of the block that memory is filled from.
+const FILLED_AT_ONCE: usize = 1 << 20;
 
 /// How an emulated device works. Neither changes a result, unless a kernel is at fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,8 +59,7 @@ fn number(variable: &str) -> Result<Option<u64>> {
 pub struct Emulator {
     api: &'static Api,
     options: Options,
-    /// Bytes of each allocation by its address.
-    memory: Mutex<BTreeMap<u64, usize>>,
+    memory: Allocations,
 }
 
 impl Emulator {
@@ -102,31 +106,15 @@ impl Emulator {
     }
 
     fn of(api: &'static Api, options: Options) -> Emulator {
-        Emulator { api, options, memory: Mutex::default() }
-    }
-
-    fn memory(&self) -> MutexGuard<'_, BTreeMap<u64, usize>> {
-        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Holds a range of bytes against the allocations; while the guard lives, it stays allocated.
-    fn allocated(&self, start: DevicePtr, bytes: usize) -> Result<MutexGuard<'_, BTreeMap<u64, usize>>> {
-        let memory = self.memory();
-        let allocation = memory.range(..=start.0).next_back();
-        let room = allocation.and_then(|(&at, &len)| (len as u64).checked_sub(start.0 - at)).unwrap_or(0);
-        if bytes as u64 > room {
-            let found = format!("{room} bytes are allocated on the emulated device at {:#x}", start.0);
-            return Err(unsupported(format!("{found}, expected at least {bytes}")));
-        }
-        Ok(memory)
+        Emulator { api, options, memory: Allocations::default() }
     }
 }
 
 impl Drop for Emulator {
     fn drop(&mut self) {
-        for &address in self.memory().keys() {
+        for (memory, _) in self.memory.drain() {
             // SAFETY: the library allocated it, and nobody has freed it.
-            unsafe { (self.api.free)(address as *mut c_void) };
+            unsafe { (self.api.free)(memory.0 as *mut c_void) };
         }
     }
 }
@@ -137,36 +125,46 @@ impl Driver for Emulator {
         format!("emulated on {threads} CPU thread{}", if threads == 1 { "" } else { "s" })
     }
 
+    fn emulated(&self) -> bool {
+        true
+    }
+
     fn allocate(&self, bytes: usize) -> Result<DevicePtr> {
         // SAFETY: takes any size.
         let address = unsafe { (self.api.allocate)(bytes) } as u64;
         if address == 0 {
             return Err(unsupported(format!("the emulated device has no memory for {bytes} more bytes")));
         }
-        self.memory().insert(address, bytes);
+        self.memory.insert(DevicePtr(address), bytes);
         Ok(DevicePtr(address))
     }
 
     fn free(&self, memory: DevicePtr) -> Result<()> {
-        if self.memory().remove(&memory.0).is_none() {
-            return Err(unsupported(format!("nothing is allocated on the emulated device at {:#x}", memory.0)));
-        }
-        // SAFETY: the library allocated it, and the table forgot it at the same time.
+        self.memory.remove(memory)?;
+        // SAFETY: the library allocated it, and the table has just forgotten it.
         unsafe { (self.api.free)(memory.0 as *mut c_void) };
         Ok(())
     }
 
+    fn fill(&self, to: DevicePtr, bytes: usize, value: u8) -> Result<()> {
+        let block = vec![value; bytes.min(FILLED_AT_ONCE)];
+        for first in (0..bytes).step_by(FILLED_AT_ONCE) {
+            self.upload(to.offset(first), &block[..block.len().min(bytes - first)])?;
+        }
+        Ok(())
+    }
+
     fn upload(&self, to: DevicePtr, bytes: &[u8]) -> Result<()> {
-        let _allocated = self.allocated(to, bytes.len())?;
-        // SAFETY: so many bytes are allocated at `to` while the guard lives, and they are not the host's.
+        self.memory.check("upload", to, bytes.len())?;
+        // SAFETY: so many bytes are reserved at `to`, and they are not the host's.
         unsafe { (self.api.copy)(to.0 as *mut c_void, bytes.as_ptr().cast(), bytes.len()) };
         Ok(())
     }
 
     fn download(&self, from: DevicePtr, bytes: &mut [u8]) -> Result<()> {
-        let _allocated = self.allocated(from, bytes.len())?;
-        // SAFETY: so many bytes are allocated at `from` while the guard lives, and they are not the host's. Allocation has
-        // filled them, so none is uninitialised.
+        self.memory.check("download", from, bytes.len())?;
+        // SAFETY: so many bytes are reserved at `from`, and they are not the host's. Allocation has filled them, so none is
+        // uninitialised.
         unsafe { (self.api.copy)(bytes.as_mut_ptr().cast(), from.0 as *const c_void, bytes.len()) };
         Ok(())
     }
@@ -203,6 +201,12 @@ impl Driver for Emulator {
         // SAFETY: the library wrote a string that ends with 0 within the buffer.
         let message = unsafe { CStr::from_ptr(message.as_ptr()) }.to_string_lossy();
         Err(fault(call.name, message))
+    }
+
+    fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
+        let start = Instant::now();
+        work()?;
+        Ok(start.elapsed())
     }
 
     fn synchronize(&self) -> Result<()> {

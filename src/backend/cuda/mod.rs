@@ -1,11 +1,18 @@
 //! CUDA: the kernels that were compiled into this binary, and the devices that run them.
 
+mod allocations;
+pub mod ceilings;
+pub mod check;
+pub mod device;
 pub mod driver;
 #[cfg(feature = "emulator")]
 pub mod emulator;
 pub mod io;
 pub mod kernel;
+pub mod random;
+pub mod resources;
 
+pub use device::CudaDevice;
 pub use driver::Driver;
 #[cfg(feature = "emulator")]
 pub use emulator::Emulator;
@@ -21,6 +28,8 @@ pub struct Module {
     pub fatbin: &'static [u8],
     /// What the container holds: `sm_90a` is machine code of that generation, `compute_80` PTX for it and later ones.
     pub archs: &'static [&'static str],
+    /// What the assembler said of each kernel, see [`resources`].
+    pub log: &'static str,
 }
 
 /// Gives embedded bytes the alignment that the driver reads them with.
@@ -33,6 +42,11 @@ static MODULES: &[Module] = &include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 /// All compiled files; none when the crate was built without nvcc.
 pub fn compiled_modules() -> &'static [Module] {
     MODULES
+}
+
+/// The declarations of the kernels that belong to no op.
+pub fn kernels() -> Vec<&'static Kernel> {
+    [ceilings::KERNELS, check::KERNELS, random::KERNELS].concat()
 }
 
 /// The release of nvcc that compiled them, or "none".

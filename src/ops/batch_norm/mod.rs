@@ -2,8 +2,10 @@
 //! residual added before an optional ReLU, and the gradient of all of it.
 
 mod cpu;
+pub(super) mod cuda;
 
 use crate::backend::cpu::CpuIo;
+use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
 use crate::graph::{GradBuilder, Op};
@@ -106,6 +108,14 @@ impl Op for BatchNorm {
         dispatch_real!("batch_norm", io.inputs[0].desc.dtype, T => cpu::forward::<T>(self, io));
         Ok(())
     }
+
+    fn cuda_workspace(&self, inputs: &[&TensorDesc]) -> usize {
+        cuda::workspace_bytes(inputs[0], self.groups, 1)
+    }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        cuda::forward(self, io)
+    }
 }
 
 /// The gradient of [`BatchNorm`].
@@ -150,6 +160,14 @@ impl Op for BatchNormBackward {
         dispatch_real!("batch_norm_backward", io.inputs[0].desc.dtype, T => cpu::backward::<T>(self, io));
         Ok(())
     }
+
+    fn cuda_workspace(&self, inputs: &[&TensorDesc]) -> usize {
+        cuda::workspace_bytes(inputs[1], self.groups, 3)
+    }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        cuda::backward(self, io)
+    }
 }
 
 /// Evaluation-mode batch norm: inputs x, running_mean, running_var, then gamma and beta if affine, then the residual if
@@ -187,6 +205,14 @@ impl Op for BatchNormEval {
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
         dispatch_real!("batch_norm_eval", io.inputs[0].desc.dtype, T => cpu::eval::<T>(self, io));
         Ok(())
+    }
+
+    fn cuda_workspace(&self, inputs: &[&TensorDesc]) -> usize {
+        cuda::eval_workspace_bytes(inputs[0])
+    }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        cuda::eval(self, io)
     }
 }
 

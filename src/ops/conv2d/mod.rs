@@ -63,6 +63,10 @@ impl Op for Conv2d {
         Ok(())
     }
 
+    fn by_library(&self) -> bool {
+        true
+    }
+
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
         let g = self.geometry(io.inputs[0].desc, io.inputs[1].desc)?;
         dispatch_real!("conv2d", io.inputs[0].desc.dtype, T => {
@@ -112,6 +116,10 @@ impl Op for Conv2dDgrad {
     }
 
     fn accumulates(&self) -> bool {
+        true
+    }
+
+    fn by_library(&self) -> bool {
         true
     }
 
@@ -176,6 +184,10 @@ impl Op for Conv2dWgrad {
     }
 
     fn accumulates(&self) -> bool {
+        true
+    }
+
+    fn by_library(&self) -> bool {
         true
     }
 

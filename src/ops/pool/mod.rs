@@ -1,8 +1,11 @@
 //! Max pooling and global average pooling over NHWC, with their gradients.
 
+pub(super) mod cuda;
+
 use rayon::prelude::*;
 
 use crate::backend::cpu::{CpuIo, Real};
+use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
 use crate::graph::{GradBuilder, Op};
@@ -60,8 +63,9 @@ impl MaxPool {
                         if std::mem::take(&mut first) {
                             y.copy_from_slice(x);
                         } else {
-                            // NaN must win, or a diverged run would look healthy.
-                            y.iter_mut().zip(x).for_each(|(y, x)| *y = if *x <= *y { *y } else { *x });
+                            // NaN must win, and stay, or a diverged run would look healthy.
+                            let larger = |y: T, x: T| if x <= y || y.to_f64().is_nan() { y } else { x };
+                            y.iter_mut().zip(x).for_each(|(y, x)| *y = larger(*y, *x));
                         }
                     }
                 }
@@ -107,6 +111,10 @@ impl Op for MaxPool {
         });
         Ok(())
     }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        cuda::max_pool_forward(self, io)
+    }
 }
 
 /// d_x of [`MaxPool`]: inputs d_y, x and y; the position of each maximum is found again.
@@ -145,6 +153,10 @@ impl Op for MaxPoolBackward {
         });
         Ok(())
     }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        cuda::max_pool_gradient(&self.0, io)
+    }
 }
 
 /// Mean over height and width; x: `[n][h][w][c]`, y: `[n][c]`.
@@ -176,6 +188,10 @@ impl Op for GlobalAvgPool {
             });
         });
         Ok(())
+    }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        cuda::average(io)
     }
 }
 
@@ -224,5 +240,9 @@ impl Op for GlobalAvgPoolBackward {
             });
         });
         Ok(())
+    }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        cuda::average_gradient(io)
     }
 }

@@ -1,6 +1,9 @@
 //! The ops that the graph itself needs: stop-gradient, constants, and addition into an existing gradient.
 
+pub(crate) mod cuda;
+
 use crate::backend::cpu::CpuIo;
+use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
 use crate::graph::{GradBuilder, Op};
@@ -30,6 +33,10 @@ impl Op for StopGradient {
     fn cpu(&self, _io: &mut CpuIo<'_>) -> Result<()> {
         Ok(())
     }
+
+    fn cuda(&self, _io: &CudaIo<'_>) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// A scalar with a fixed value; the seed of the backward pass.
@@ -57,6 +64,10 @@ impl Op for Constant {
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
         dispatch_real!("constant", self.dtype, T => io.outputs[0].get::<T>()[0] = self.value as T);
         Ok(())
+    }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        cuda::constant(io, self.value)
     }
 }
 
@@ -95,6 +106,10 @@ impl Op for Copy {
         });
         Ok(())
     }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        cuda::copy_or_add(io)
+    }
 }
 
 /// Element-wise `y = a + b`.
@@ -131,5 +146,9 @@ impl Op for Add {
             }
         });
         Ok(())
+    }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        cuda::sum(io)
     }
 }

@@ -1,0 +1,330 @@
+// Batch norm over rows of channels (NHWC images or N x D vectors): training with statistics per group of rows (a view),
+// evaluation, and the gradient; each with an optional residual and an optional ReLU in the same pass.
+//
+// Traffic through device memory, in elements of the activations per element of x (T = 2 bytes in bf16):
+//   statistics       read x                                             1
+//   apply            read x (residual), write y                         2 (3)
+//   backward reduce  read d_y, x (y), write d_residual                  2 (3), + 1 with a residual
+//   backward apply   read d_y, x (y), write d_x                         3 (4); with a residual d_y and y are replaced by
+//                                                                       d_residual, which is d_y behind the mask: 3
+// Partial sums add 8 bytes per channel and tile: below 4 % of the statistics' traffic where there are enough rows to fill
+// a device, and mostly answered by the cache. The apply passes walk from the end to the start, so that what the pass before
+// read last is still cached.
+#include "rows.cuh"
+
+// Two sums of one channel over the rows of one tile; arrays are [groups][chunks][channels].
+typedef Pack<float, 2> Partial;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sums over the rows of tiles. Grid: one block per tile.
+
+// Partial sums of x - shift and its square, with the first row of the group as shift: exact where the mean is large.
+template <int N, class T>
+__device__ __forceinline__ void statistics(const T* __restrict__ x, Partial* __restrict__ partials, const RowTiles& tiles) {
+    const Tile<N> tile(tiles, blockIdx.x);
+    float shift[N] = {}, sums[2][N] = {};
+    if (tile.inside) load(shift, x + tile.group * tiles.rows * tiles.channels + tile.channel);
+    for_rows<4>(tile, [&](int64_t i, auto count) {
+        constexpr int U = decltype(count)::value;
+        float v[U][N];
+        load_rows(v, x + i, tile.stride);
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            float d[U], square[U];
+#pragma unroll
+            for (int u = 0; u < U; ++u) {
+                d[u] = v[u][k] - shift[k];
+                square[u] = d[u] * d[u];
+            }
+            sums[0][k] += tree_sum(d);
+            sums[1][k] += tree_sum(square);
+        }
+    });
+    sum_over_rows(sums, tile, [&](int channel, const float(&totals)[2]) {
+        partials[tile.chunk * tiles.channels + channel] = {totals[0], totals[1]};
+    });
+}
+
+// The gradient at the output of the normalisation: d_y, behind the ReLU's mask y > 0 if there is one.
+template <bool RELU, int U, int N, class T>
+__device__ __forceinline__ void load_masked(float (&g)[U][N], const T* d_y, const T* y, int64_t stride) {
+    load_rows(g, d_y, stride);
+    if (!RELU) return;
+    float out[U][N];
+    load_rows(out, y, stride);
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+        for (int k = 0; k < N; ++k) g[u][k] = out[u][k] > 0.0f ? g[u][k] : 0.0f;
+}
+
+// Partial sums of g and of g (x - mean); writes g to d_residual, unless that is null.
+template <int N, bool RELU, class T>
+__device__ __forceinline__ void backward_reduce(const T* __restrict__ d_y, const T* __restrict__ x, const T* __restrict__ y,
+                                                const float* __restrict__ mean, T* d_residual,
+                                                Partial* __restrict__ partials, const RowTiles& tiles) {
+    const Tile<N> tile(tiles, blockIdx.x);
+    float m[N] = {}, sums[2][N] = {};
+    if (tile.inside) load(m, mean + tile.group * tiles.channels + tile.channel);
+    for_rows<2>(tile, [&](int64_t i, auto count) {
+        constexpr int U = decltype(count)::value;
+        float g[U][N], v[U][N];
+        load_rows(v, x + i, tile.stride);
+        load_masked<RELU>(g, d_y + i, y + i, tile.stride);
+        if (d_residual) store_rows(d_residual + i, g, tile.stride);
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            float first[U], second[U];
+#pragma unroll
+            for (int u = 0; u < U; ++u) {
+                first[u] = g[u][k];
+                second[u] = g[u][k] * (v[u][k] - m[k]);
+            }
+            sums[0][k] += tree_sum(first);
+            sums[1][k] += tree_sum(second);
+        }
+    });
+    sum_over_rows(sums, tile, [&](int channel, const float(&totals)[2]) {
+        partials[tile.chunk * tiles.channels + channel] = {totals[0], totals[1]};
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Combining partial sums. Grid: one block per COMBINED channels; each of its threads adds every SLICES-th chunk.
+
+constexpr int COMBINE_THREADS = 512;
+constexpr int COMBINED = 8; // channels of a block: 64 bytes of partial sums are read together
+constexpr int SLICES = COMBINE_THREADS / COMBINED;
+
+// Adds up the partial sums of each group in float64 and calls finish(group, channel, first, second) for one group after
+// the other, always from the same thread for a channel.
+template <class F>
+__device__ __forceinline__ void combine(const Partial* __restrict__ partials, int chunks, int groups, int channels, F finish) {
+    __shared__ double scratch[2][COMBINE_THREADS / WARP][COMBINED];
+    const int c = int(threadIdx.x) % COMBINED, slice = int(threadIdx.x) / COMBINED, warp = int(threadIdx.x) / WARP;
+    const int channel = int(blockIdx.x) * COMBINED + c;
+    for (int group = 0; group < groups; ++group) {
+        double sums[2] = {};
+        if (channel < channels) {
+            const Partial* of_channel = partials + int64_t{group} * chunks * channels + channel;
+#pragma unroll 4
+            for (int chunk = slice; chunk < chunks; chunk += SLICES) {
+                const Partial partial = of_channel[int64_t{chunk} * channels];
+                sums[0] += double(partial.element[0]);
+                sums[1] += double(partial.element[1]);
+            }
+        }
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+#pragma unroll
+            for (int distance = COMBINED; distance < WARP; distance *= 2)
+                sums[s] += __shfl_xor_sync(ALL_LANES, sums[s], distance);
+            if (threadIdx.x % WARP < COMBINED) scratch[s][warp][c] = sums[s];
+        }
+        __syncthreads();
+        if (slice == 0 && channel < channels) {
+            double totals[2] = {};
+#pragma unroll
+            for (int w = 0; w < COMBINE_THREADS / WARP; ++w) {
+                totals[0] += scratch[0][w][c];
+                totals[1] += scratch[1][w][c];
+            }
+            finish(group, channel, totals[0], totals[1]);
+        }
+        __syncthreads(); // before the next group overwrites `scratch`
+    }
+}
+
+// scale = gamma / sqrt(variance + eps); without gamma it counts as 1.
+__device__ __forceinline__ float scale_of(const float* gamma, int channel, double rstd) {
+    return gamma ? float(double(gamma[channel]) * rstd) : float(rstd);
+}
+
+// mean and rstd of each group, the scale that `apply` takes, and the running statistics: r = (1 - momentum) r + momentum s
+// once per group in order, with the unbiased variance. Arrays are [groups][channels], running statistics [channels].
+template <class T>
+__device__ __forceinline__ void finish_statistics(const Partial* partials, int chunks, int groups, const T* __restrict__ x,
+                                                  int64_t rows, int channels, const float* __restrict__ gamma, double eps,
+                                                  double momentum, float* __restrict__ mean, float* __restrict__ rstd,
+                                                  float* __restrict__ scale, float* __restrict__ running_mean,
+                                                  float* __restrict__ running_var, int64_t* __restrict__ tracked) {
+    if (global_thread() == 0) *tracked += groups;
+    const double n = double(rows);
+    combine(partials, chunks, groups, channels, [=](int group, int channel, double first, double second) {
+        const double shift = double(to_float(x[group * rows * channels + channel]));
+        const double average = shift + first / n;
+        const double variance = fmax((second - first * first / n) / n, 0.0);
+        const double inverse = 1.0 / sqrt(variance + eps);
+        const int64_t i = int64_t{group} * channels + channel;
+        mean[i] = float(average);
+        rstd[i] = float(inverse);
+        scale[i] = scale_of(gamma, channel, inverse);
+        const auto moved = [=](float old, double value) { return float(double(old) * (1.0 - momentum) + momentum * value); };
+        running_mean[channel] = moved(running_mean[channel], average);
+        running_var[channel] = moved(running_var[channel], variance * n / (n - 1.0));
+    });
+}
+
+// From the sums of g and of g (x - mean): d_beta and d_gamma over all groups (unless null), and per group the coefficients
+// of d_x = scale (g - offset - (x - mean) slope), as [3][groups][channels].
+__device__ __forceinline__ void finish_backward(const Partial* partials, int chunks, int groups, int64_t rows, int channels,
+                                                const float* __restrict__ rstd, const float* __restrict__ gamma,
+                                                float* __restrict__ coefficients, float* d_gamma, bool accumulate_gamma,
+                                                float* d_beta, bool accumulate_beta) {
+    const double n = double(rows);
+    const int64_t all = int64_t{groups} * channels;
+    double gamma_sum = 0.0, beta_sum = 0.0;
+    combine(partials, chunks, groups, channels, [&](int group, int channel, double first, double second) {
+        const int64_t i = int64_t{group} * channels + channel;
+        const float r = rstd[i];
+        coefficients[i] = gamma ? gamma[channel] * r : r;
+        coefficients[all + i] = float(first / n);
+        coefficients[2 * all + i] = float(second * (double(r) * double(r)) / n);
+        gamma_sum += second * double(r);
+        beta_sum += first;
+        if (group < groups - 1) return;
+        if (d_gamma) d_gamma[channel] = (accumulate_gamma ? d_gamma[channel] : 0.0f) + float(gamma_sum);
+        if (d_beta) d_beta[channel] = (accumulate_beta ? d_beta[channel] : 0.0f) + float(beta_sum);
+    });
+}
+
+// The scale of evaluation, from the running variance.
+__device__ __forceinline__ void eval_scale(const float* __restrict__ variance, const float* __restrict__ gamma, double eps,
+                                           float* __restrict__ scale, int channels) {
+    const int64_t c = global_thread();
+    if (c < channels) scale[c] = scale_of(gamma, int(c), 1.0 / sqrt(double(variance[c]) + eps));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Applying. Grid: one block per tile.
+
+// y = act((x - mean) scale + beta + residual); mean and scale are [groups][channels], beta is [channels] or null (0). As
+// on the CPU, a ReLU turns NaN into 0: non-finite values are looked for in the inputs and losses.
+template <int N, bool RESIDUAL, class T>
+__device__ __forceinline__ void apply(const T* __restrict__ x, const T* __restrict__ residual, const float* __restrict__ mean,
+                                      const float* __restrict__ scale, const float* __restrict__ beta, bool relu, T* y,
+                                      const RowTiles& tiles) {
+    const Tile<N> tile(tiles, gridDim.x - 1 - blockIdx.x);
+    if (!tile.inside) return;
+    const int64_t of_group = tile.group * tiles.channels + tile.channel;
+    float m[N], s[N], b[N] = {};
+    load(m, mean + of_group);
+    load(s, scale + of_group);
+    if (beta) load(b, beta + tile.channel);
+    for_rows<RESIDUAL ? 2 : 4>(tile, [&](int64_t i, auto count) {
+        constexpr int U = decltype(count)::value;
+        float v[U][N], r[U][N];
+        load_rows(v, x + i, tile.stride);
+        if (RESIDUAL) load_rows(r, residual + i, tile.stride);
+#pragma unroll
+        for (int u = 0; u < U; ++u)
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                float out = (v[u][k] - m[k]) * s[k] + b[k];
+                if (RESIDUAL) out += r[u][k];
+                v[u][k] = relu && !(out > 0.0f) ? 0.0f : out;
+            }
+        store_rows(y + i, v, tile.stride);
+    });
+}
+
+// d_x = scale (g - offset - (x - mean) slope), with g as in `backward_reduce`; adds g to d_residual, unless that is null. The
+// two may be the same tensor.
+template <int N, bool RELU, class T>
+__device__ __forceinline__ void backward_apply(const T* __restrict__ d_y, const T* __restrict__ x, const T* __restrict__ y,
+                                               const float* __restrict__ mean, const float* __restrict__ coefficients,
+                                               int64_t all, T* d_x, bool accumulate, T* d_residual,
+                                               const RowTiles& tiles) {
+    const Tile<N> tile(tiles, gridDim.x - 1 - blockIdx.x);
+    if (!tile.inside) return;
+    const int64_t of_group = tile.group * tiles.channels + tile.channel;
+    float m[N], scale[N], offset[N], slope[N];
+    load(m, mean + of_group);
+    load(scale, coefficients + of_group);
+    load(offset, coefficients + all + of_group);
+    load(slope, coefficients + 2 * all + of_group);
+    for_rows<2>(tile, [&](int64_t i, auto count) {
+        constexpr int U = decltype(count)::value;
+        float g[U][N], v[U][N];
+        load_rows(v, x + i, tile.stride);
+        load_masked<RELU>(g, d_y + i, y + i, tile.stride);
+#pragma unroll
+        for (int u = 0; u < U; ++u)
+#pragma unroll
+            for (int k = 0; k < N; ++k) v[u][k] = scale[k] * (g[u][k] - offset[k] - (v[u][k] - m[k]) * slope[k]);
+        store_rows(d_x + i, v, tile.stride, accumulate);
+        if (d_residual) store_rows(d_residual + i, g, tile.stride, true);
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+#define INSTANTIATE(T, S)                                                                                                   \
+    KERNEL(TILE_THREADS) batch_norm_statistics_##S(const T* x, Partial* partials, RowTiles tiles) {                         \
+        with_width<T>(tiles.channels, [&](auto n) { statistics<decltype(n)::value>(x, partials, tiles); });                 \
+    }                                                                                                                       \
+    EXPORT(batch_norm_statistics_##S)                                                                                       \
+    KERNEL(COMBINE_THREADS)                                                                                                 \
+    batch_norm_finish_statistics_##S(const Partial* partials, int32_t chunks, int32_t groups, const T* x, int64_t rows,     \
+                                     int32_t channels, const float* gamma, double eps, double momentum, float* mean,        \
+                                     float* rstd, float* scale, float* running_mean, float* running_var,                    \
+                                     int64_t* tracked) {                                                                    \
+        finish_statistics(partials, chunks, groups, x, rows, channels, gamma, eps, momentum, mean, rstd, scale,             \
+                          running_mean, running_var, tracked);                                                              \
+    }                                                                                                                       \
+    EXPORT(batch_norm_finish_statistics_##S)                                                                                \
+    KERNEL(TILE_THREADS)                                                                                                    \
+    batch_norm_apply_##S(const T* x, const T* residual, const float* mean, const float* scale, const float* beta,           \
+                         int32_t relu, T* y, RowTiles tiles) {                                                              \
+        with_width<T>(tiles.channels, [&](auto n) {                                                                         \
+            constexpr int N = decltype(n)::value;                                                                           \
+            if (residual) {                                                                                                 \
+                apply<N, true>(x, residual, mean, scale, beta, relu != 0, y, tiles);                                        \
+            } else {                                                                                                        \
+                apply<N, false>(x, residual, mean, scale, beta, relu != 0, y, tiles);                                       \
+            }                                                                                                               \
+        });                                                                                                                 \
+    }                                                                                                                       \
+    EXPORT(batch_norm_apply_##S)                                                                                            \
+    KERNEL_RESIDENT(TILE_THREADS, 2)                                                                                        \
+    batch_norm_backward_reduce_##S(const T* d_y, const T* x, const T* y, const float* mean, T* d_residual,                  \
+                                   Partial* partials, RowTiles tiles) {                                                     \
+        with_width<T>(tiles.channels, [&](auto n) {                                                                         \
+            constexpr int N = decltype(n)::value;                                                                           \
+            if (y) {                                                                                                        \
+                backward_reduce<N, true>(d_y, x, y, mean, d_residual, partials, tiles);                                     \
+            } else {                                                                                                        \
+                backward_reduce<N, false>(d_y, x, y, mean, d_residual, partials, tiles);                                    \
+            }                                                                                                               \
+        });                                                                                                                 \
+    }                                                                                                                       \
+    EXPORT(batch_norm_backward_reduce_##S)                                                                                  \
+    KERNEL(TILE_THREADS)                                                                                                    \
+    batch_norm_backward_apply_##S(const T* d_y, const T* x, const T* y, const float* mean, const float* coefficients,       \
+                                  int64_t all, T* d_x, int32_t accumulate, T* d_residual, RowTiles tiles) {                 \
+        with_width<T>(tiles.channels, [&](auto n) {                                                                         \
+            constexpr int N = decltype(n)::value;                                                                           \
+            if (y) {                                                                                                        \
+                backward_apply<N, true>(d_y, x, y, mean, coefficients, all, d_x, accumulate != 0, d_residual, tiles);       \
+            } else {                                                                                                        \
+                backward_apply<N, false>(d_y, x, y, mean, coefficients, all, d_x, accumulate != 0, d_residual, tiles);      \
+            }                                                                                                               \
+        });                                                                                                                 \
+    }                                                                                                                       \
+    EXPORT(batch_norm_backward_apply_##S)
+FOR_EACH_TYPE(INSTANTIATE)
+
+KERNEL(COMBINE_THREADS)
+batch_norm_finish_backward(const Partial* partials, int32_t chunks, int32_t groups, int64_t rows, int32_t channels,
+                           const float* rstd, const float* gamma, float* coefficients, float* d_gamma,
+                           int32_t accumulate_gamma, float* d_beta, int32_t accumulate_beta) {
+    finish_backward(partials, chunks, groups, rows, channels, rstd, gamma, coefficients, d_gamma, accumulate_gamma != 0,
+                    d_beta, accumulate_beta != 0);
+}
+EXPORT(batch_norm_finish_backward)
+
+KERNEL(256)
+batch_norm_eval_scale(const float* variance, const float* gamma, double eps, float* scale, int32_t channels) {
+    eval_scale(variance, gamma, eps, scale, channels);
+}
+EXPORT(batch_norm_eval_scale)

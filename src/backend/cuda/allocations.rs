@@ -1,0 +1,66 @@
+//! Which ranges of device memory are reserved: copies are checked against them before the device sees a wrong address.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::error::{Error, Result};
+
+use super::DevicePtr;
+
+/// Reserved ranges by their first address, each with its length in bytes.
+#[derive(Debug, Default)]
+pub(super) struct Allocations(Mutex<BTreeMap<u64, usize>>);
+
+impl Allocations {
+    fn ranges(&self) -> MutexGuard<'_, BTreeMap<u64, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn insert(&self, memory: DevicePtr, bytes: usize) {
+        self.ranges().insert(memory.0, bytes);
+    }
+
+    /// Takes a range out; returns its length.
+    pub fn remove(&self, memory: DevicePtr) -> Result<usize> {
+        self.ranges().remove(&memory.0).ok_or_else(|| outside("free", memory, 0))
+    }
+
+    /// Checks that `bytes` from `at` on lie within one range.
+    pub fn check(&self, action: &str, at: DevicePtr, bytes: usize) -> Result<()> {
+        let ranges = self.ranges();
+        let range = ranges.range(..=at.0).next_back();
+        let fits = range.is_some_and(|(first, len)| (at.0 - first) as usize + bytes <= *len);
+        if fits { Ok(()) } else { Err(outside(action, at, bytes)) }
+    }
+
+    /// All ranges, for giving them back.
+    pub fn drain(&self) -> Vec<(DevicePtr, usize)> {
+        std::mem::take(&mut *self.ranges()).into_iter().map(|(first, len)| (DevicePtr(first), len)).collect()
+    }
+}
+
+fn outside(action: &str, at: DevicePtr, bytes: usize) -> Error {
+    let message = format!("cannot {action} {bytes} bytes at {:#x}: not within reserved device memory", at.0);
+    Error::Internal { thread: "CUDA memory".into(), message }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_end_where_they_end() {
+        let allocations = Allocations::default();
+        allocations.insert(DevicePtr(1000), 24);
+        allocations.insert(DevicePtr(1100), 7);
+        assert!(allocations.check("read", DevicePtr(1000), 24).is_ok());
+        assert!(allocations.check("read", DevicePtr(1023), 1).is_ok());
+        assert!(allocations.check("read", DevicePtr(1106), 1).is_ok());
+        for (at, bytes) in [(1000, 25), (1024, 1), (999, 1), (1099, 2), (1107, 1), (0, 0)] {
+            assert!(allocations.check("read", DevicePtr(at), bytes).is_err(), "{bytes} bytes at {at}");
+        }
+        assert_eq!(allocations.remove(DevicePtr(1000)).unwrap(), 24);
+        assert!(allocations.check("read", DevicePtr(1000), 1).is_err());
+        assert!(allocations.remove(DevicePtr(1000)).is_err());
+    }
+}

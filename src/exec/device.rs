@@ -1,0 +1,50 @@
+//! Where a tape is executed.
+
+use std::sync::Arc;
+
+use crate::backend::cpu::Tier;
+use crate::backend::cuda::Driver;
+use crate::error::Result;
+use crate::exec::{CpuExecutor, CudaExecutor, Executor};
+use crate::graph::Tape;
+
+/// A device that executors can be made for.
+#[derive(Debug, Clone)]
+pub enum Device {
+    /// The host, with the chosen implementation of expensive ops.
+    Cpu(Tier),
+    /// A CUDA device, real or emulated.
+    Cuda(Arc<dyn Driver>),
+}
+
+impl Device {
+    /// An executor of `tape`.
+    ///
+    /// # Errors
+    /// Faults of the tape; [`crate::error::Error::Unsupported`] when there is not enough memory.
+    pub fn executor(&self, tape: Tape) -> Result<Box<dyn Executor>> {
+        Ok(match self {
+            Device::Cpu(tier) => Box::new(CpuExecutor::new(tape, *tier)?),
+            Device::Cuda(driver) => Box::new(CudaExecutor::new(tape, driver.clone())?),
+        })
+    }
+
+    /// Whether convolutions and matrix products are to be had on it.
+    pub fn has_libraries(&self) -> bool {
+        match self {
+            Device::Cpu(_) => true,
+            Device::Cuda(driver) => driver.emulated(),
+        }
+    }
+
+    /// An executor for finding faults: its memory starts as NaN, and [`Executor::overrun`] sees writes behind a buffer.
+    ///
+    /// # Errors
+    /// As [`Device::executor`].
+    pub fn poisoned_executor(&self, tape: Tape) -> Result<Box<dyn Executor>> {
+        Ok(match self {
+            Device::Cpu(tier) => Box::new(CpuExecutor::poisoned(tape, *tier)?),
+            Device::Cuda(driver) => Box::new(CudaExecutor::poisoned(tape, driver.clone())?),
+        })
+    }
+}

@@ -1,0 +1,196 @@
+//! Batch norm on CUDA: partial sums over tiles of rows, a kernel that combines them, and one pass that applies the result.
+//! What each kernel reads and writes, and how many bytes that is, stands in `kernels/batch_norm.cu`.
+#![allow(unsafe_code)] // launches
+
+use crate::backend::cuda::kernel::kernels;
+use crate::backend::cuda::{CudaIo, DevicePtr, Grid};
+use crate::error::Result;
+use crate::ops::row_tiles::{RowTiles, Rows};
+use crate::tensor::TensorDesc;
+
+use super::{BatchNorm, BatchNormBackward, BatchNormEval};
+
+kernels! { "batch_norm";
+    /// Partial sums of x - shift and its square.
+    fn batch_norm_statistics[F32, Bf16, F16; 256](x: DevicePtr, partials: DevicePtr, tiles: RowTiles);
+    /// Combines them: mean, rstd, the scale for `batch_norm_apply`, running statistics.
+    fn batch_norm_finish_statistics[F32, Bf16, F16; 512](
+        partials: DevicePtr, chunks: i32, groups: i32, x: DevicePtr, rows: i64, channels: i32, gamma: DevicePtr, eps: f64,
+        momentum: f64, mean: DevicePtr, rstd: DevicePtr, scale: DevicePtr, running_mean: DevicePtr, running_var: DevicePtr,
+        num_batches_tracked: DevicePtr,
+    );
+    /// y = act((x - mean) scale + beta + residual)
+    fn batch_norm_apply[F32, Bf16, F16; 256](
+        x: DevicePtr, residual: DevicePtr, mean: DevicePtr, scale: DevicePtr, beta: DevicePtr, relu: i32, y: DevicePtr,
+        tiles: RowTiles,
+    );
+    /// scale = gamma / sqrt(running_var + eps)
+    fn batch_norm_eval_scale[; 256](variance: DevicePtr, gamma: DevicePtr, eps: f64, scale: DevicePtr, channels: i32);
+    /// Partial sums of the masked d_y and of its product with x - mean; d_residual.
+    fn batch_norm_backward_reduce[F32, Bf16, F16; 256](
+        d_y: DevicePtr, x: DevicePtr, y: DevicePtr, mean: DevicePtr, d_residual: DevicePtr, partials: DevicePtr,
+        tiles: RowTiles,
+    );
+    /// Combines them: d_gamma, d_beta, the coefficients for `batch_norm_backward_apply`.
+    fn batch_norm_finish_backward[; 512](
+        partials: DevicePtr, chunks: i32, groups: i32, rows: i64, channels: i32, rstd: DevicePtr, gamma: DevicePtr,
+        coefficients: DevicePtr, d_gamma: DevicePtr, accumulate_gamma: i32, d_beta: DevicePtr, accumulate_beta: i32,
+    );
+    /// d_x; adds to d_residual
+    fn batch_norm_backward_apply[F32, Bf16, F16; 256](
+        d_y: DevicePtr, x: DevicePtr, y: DevicePtr, mean: DevicePtr, coefficients: DevicePtr, all: i64, d_x: DevicePtr,
+        accumulate: i32, d_residual: DevicePtr, tiles: RowTiles,
+    );
+}
+
+/// Bytes of the two sums of each channel and tile.
+fn partials_bytes(rows: &Rows) -> usize {
+    rows.groups * rows.chunks(rows.summing()) * rows.channels * 2 * size_of::<f32>()
+}
+
+/// Scratch of both directions: the partial sums, then `arrays` coefficients per channel and group.
+pub(super) fn workspace_bytes(x: &TensorDesc, groups: usize, arrays: usize) -> usize {
+    partials_bytes(&Rows::new(x, groups)) + arrays * groups * x.shape.channels() * size_of::<f32>()
+}
+
+pub(super) fn forward(op: &BatchNorm, io: &CudaIo<'_>) -> Result<()> {
+    let rows = Rows::new(io.inputs[0].desc, op.groups);
+    let (dtype, x) = (io.dtype(), io.inputs[0].ptr);
+    let (gamma, beta) = match op.fusion.affine {
+        true => (io.inputs[1].ptr, io.inputs[2].ptr),
+        false => (DevicePtr::NULL, DevicePtr::NULL),
+    };
+    let residual = if op.fusion.residual { io.inputs[io.inputs.len() - 1].ptr } else { DevicePtr::NULL };
+    let (mean, rstd) = (io.outputs[1].ptr, io.outputs[2].ptr);
+    let (partials, scale) = (io.workspace, io.workspace.offset(partials_bytes(&rows)));
+
+    let tiles = rows.summing();
+    let call = batch_norm_statistics(dtype, x, partials, tiles);
+    // SAFETY: the tiles are those of x, and `cuda_workspace` counted two sums for each of their channels.
+    unsafe { io.launch(rows.grid(tiles), call)? };
+
+    let [chunks, groups, channels] = [rows.chunks(tiles), rows.groups, rows.channels].map(|n| n as i32);
+    let [running_mean, running_var, tracked] = [0, 1, 2].map(|i| io.updates[i].ptr);
+    let call = batch_norm_finish_statistics(
+        dtype,
+        partials,
+        chunks,
+        groups,
+        x,
+        rows.rows as i64,
+        channels,
+        gamma,
+        op.eps,
+        op.momentum,
+        mean,
+        rstd,
+        scale,
+        running_mean,
+        running_var,
+        tracked,
+    );
+    // SAFETY: `infer` checked that gamma has x's channels and made mean and rstd [groups, channels]; the running statistics
+    // are [channels], as `BatchNorm` demands, and scale is the workspace behind the partial sums.
+    unsafe { io.launch(combining_grid(&rows), call)? };
+
+    let tiles = rows.streaming();
+    let relu = i32::from(op.fusion.relu);
+    let call = batch_norm_apply(dtype, x, residual, mean, scale, beta, relu, io.outputs[0].ptr, tiles);
+    // SAFETY: `infer` checked that the residual is like x and beta has its channels, and made y like x.
+    unsafe { io.launch(rows.grid(tiles), call) }
+}
+
+/// Blocks of the kernels that combine partial sums: 8 channels each.
+fn combining_grid(rows: &Rows) -> Grid {
+    Grid::new([rows.channels.div_ceil(8) as u32, 1, 1])
+}
+
+/// Scratch for the scale of each channel.
+pub(super) fn eval_workspace_bytes(x: &TensorDesc) -> usize {
+    x.shape.channels() * size_of::<f32>()
+}
+
+pub(super) fn eval(op: &BatchNormEval, io: &CudaIo<'_>) -> Result<()> {
+    let rows = Rows::new(io.inputs[0].desc, 1);
+    let (gamma, beta) = match op.fusion.affine {
+        true => (io.inputs[3].ptr, io.inputs[4].ptr),
+        false => (DevicePtr::NULL, DevicePtr::NULL),
+    };
+    let residual = if op.fusion.residual { io.inputs[io.inputs.len() - 1].ptr } else { DevicePtr::NULL };
+    let [x, mean, variance] = [0, 1, 2].map(|i| io.inputs[i].ptr);
+    let scale = io.workspace;
+
+    let call = batch_norm_eval_scale(variance, gamma, op.eps, scale, rows.channels as i32);
+    // SAFETY: `infer` checked that running_var and gamma have x's channels, as many as `cuda_workspace` counted.
+    unsafe { io.launch(Grid::new([rows.channels.div_ceil(256) as u32, 1, 1]), call)? };
+
+    let tiles = rows.streaming();
+    let relu = i32::from(op.fusion.relu);
+    let call = batch_norm_apply(io.dtype(), x, residual, mean, scale, beta, relu, io.outputs[0].ptr, tiles);
+    // SAFETY: `infer` checked that running_mean and beta have x's channels and the residual is like x, and made y like x.
+    unsafe { io.launch(rows.grid(tiles), call) }
+}
+
+pub(super) fn backward(op: &BatchNormBackward, io: &CudaIo<'_>) -> Result<()> {
+    let rows = Rows::new(io.inputs[1].desc, op.groups);
+    let dtype = io.dtype();
+    let [d_y, x, mean, rstd] = [0, 1, 2, 3].map(|i| io.inputs[i].ptr);
+    let gamma = if op.fusion.affine { io.inputs[4].ptr } else { DevicePtr::NULL };
+    let y = if op.fusion.relu { io.inputs[io.inputs.len() - 1].ptr } else { DevicePtr::NULL };
+    let d_x = &io.outputs[0];
+    let d_residual = op.fusion.residual.then(|| &io.outputs[io.outputs.len() - 1]);
+    let (partials, coefficients) = (io.workspace, io.workspace.offset(partials_bytes(&rows)));
+
+    // A residual's gradient that overwrites is written by the first pass and spares the second one the mask.
+    let early = d_residual.filter(|output| !output.accumulate).map(|output| output.ptr);
+    let late = d_residual.filter(|output| output.accumulate).map(|output| output.ptr);
+
+    let tiles = rows.summing();
+    let call = batch_norm_backward_reduce(dtype, d_y, x, y, mean, early.unwrap_or_default(), partials, tiles);
+    // SAFETY: `infer` checked that d_y is like x and made d_residual so; y and mean are outputs of the forward op, like x
+    // and [groups, channels]; `cuda_workspace` counted two sums for each channel of the tiles.
+    unsafe { io.launch(rows.grid(tiles), call)? };
+
+    let affine = |i: usize| match op.fusion.affine {
+        true => (io.outputs[i].ptr, i32::from(io.outputs[i].accumulate)),
+        false => (DevicePtr::NULL, 0),
+    };
+    let ((d_gamma, accumulate_gamma), (d_beta, accumulate_beta)) = (affine(1), affine(2));
+    let [chunks, groups, channels] = [rows.chunks(tiles), rows.groups, rows.channels].map(|n| n as i32);
+    let call = batch_norm_finish_backward(
+        partials,
+        chunks,
+        groups,
+        rows.rows as i64,
+        channels,
+        rstd,
+        gamma,
+        coefficients,
+        d_gamma,
+        accumulate_gamma,
+        d_beta,
+        accumulate_beta,
+    );
+    // SAFETY: rstd is [groups, channels] and gamma [channels], as the forward op's `infer` checked; `infer` made d_gamma and
+    // d_beta like gamma; `cuda_workspace` counted three coefficients per channel and group behind the partial sums.
+    unsafe { io.launch(combining_grid(&rows), call)? };
+
+    let (g, mask) = early.map_or((d_y, y), |masked| (masked, DevicePtr::NULL));
+    let all = (rows.groups * rows.channels) as i64;
+    let tiles = rows.streaming();
+    let call = batch_norm_backward_apply(
+        dtype,
+        g,
+        x,
+        mask,
+        mean,
+        coefficients,
+        all,
+        d_x.ptr,
+        i32::from(d_x.accumulate),
+        late.unwrap_or_default(),
+        tiles,
+    );
+    // SAFETY: as for the first pass; `infer` made d_x like x.
+    unsafe { io.launch(rows.grid(tiles), call) }
+}

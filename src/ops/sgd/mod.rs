@@ -1,0 +1,180 @@
+//! SGD with momentum and weight decay, PyTorch's form, for all parameters in one node.
+
+pub(super) mod cuda;
+
+use rayon::prelude::*;
+
+use crate::backend::cpu::{CpuIo, Real};
+use crate::backend::cuda::CudaIo;
+use crate::error::{Error, Result};
+use crate::graph::Op;
+use crate::graph::op::dispatch_real;
+use crate::ops::cast::narrow;
+use crate::tensor::{DType, TensorDesc};
+
+/// Elements that one task updates.
+const BLOCK: usize = 1 << 15;
+
+/// Positions in the `step_params` buffer, which the caller writes before every step: nothing that changes per step is an
+/// attribute of an op.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StepParam {
+    /// Learning rate of the encoder.
+    Lr,
+    /// Learning rate of the predictor.
+    PredictorLr,
+    /// Momentum.
+    Momentum,
+    /// Weight decay.
+    WeightDecay,
+}
+
+impl StepParam {
+    /// Number of entries of the buffer.
+    pub const COUNT: usize = 4;
+
+    /// Description of the buffer: float64 on every device.
+    pub fn desc() -> TensorDesc {
+        TensorDesc::new([StepParam::COUNT], DType::F64)
+    }
+}
+
+/// `v = momentum v + (d_w + weight_decay w)`, `w = w - lr v` (dampening 0, no Nesterov).
+///
+/// Inputs `step_params`, then a gradient per parameter; updates all weights, then all momentum buffers in the same order,
+/// then the low-precision copies.
+#[derive(Debug, Clone)]
+pub struct SgdUpdate {
+    /// Which learning rate each parameter takes.
+    pub lr: Vec<StepParam>,
+    /// The parameters, by number and each at most once, that have a copy in bf16 or f16 (all in one type) which is to be
+    /// what the new weight rounds to.
+    pub copies: Vec<usize>,
+}
+
+impl Op for SgdUpdate {
+    fn name(&self) -> &'static str {
+        "sgd"
+    }
+
+    fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
+        let n = self.lr.len();
+        check_tensors("sgd", n, self.copies.len(), inputs)?;
+        let copies = &inputs[1 + 3 * n..];
+        for (&parameter, copy) in self.copies.iter().zip(copies) {
+            let weight = inputs.get(1 + n + parameter).filter(|_| parameter < n).ok_or_else(|| {
+                Error::shape("sgd", "number of a parameter with a copy", format!("less than {n}"), parameter)
+            })?;
+            let narrow = weight.dtype == DType::F32 && matches!(copy.dtype, DType::Bf16 | DType::F16);
+            if copy.shape != weight.shape || copy.dtype != copies[0].dtype || !narrow {
+                let expected = format!("{} in bf16 or f16, all copies alike", weight.shape);
+                return Err(Error::shape("sgd", &format!("copy of parameter {parameter}"), expected, copy));
+            }
+        }
+        Ok(Vec::new())
+    }
+
+    fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
+        let params = io.inputs[0].get::<f64>();
+        let n = self.lr.len();
+        let (weights, rest) = io.updates.split_at_mut(n);
+        let (momenta, copies) = rest.split_at_mut(n);
+        for (i, lr) in self.lr.iter().enumerate() {
+            let gradient = &io.inputs[1 + i];
+            dispatch_real!("sgd", gradient.desc.dtype, T => {
+                let hyper = Hyper::of(params, *lr, params[StepParam::WeightDecay as usize], 1.0);
+                update(weights[i].get::<T>(), momenta[i].get::<T>(), gradient.get::<T>(), hyper);
+            });
+        }
+        for (&parameter, copy) in self.copies.iter().zip(copies) {
+            let to = copy.desc.dtype;
+            narrow(copy.get(), weights[parameter].get::<f32>(), to);
+        }
+        Ok(())
+    }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        cuda::update(io, &self.lr, &self.copies)
+    }
+}
+
+/// Checks what every optimiser takes: `step_params`, `n` gradients, `n` weights and `n` momentum buffers alike, and `copies`
+/// more tensors.
+pub(super) fn check_tensors(op: &str, n: usize, copies: usize, tensors: &[&TensorDesc]) -> Result<()> {
+    if *tensors[0] != StepParam::desc() {
+        return Err(Error::shape(op, "step_params", StepParam::desc(), tensors[0]));
+    }
+    if tensors.len() != 1 + 3 * n + copies {
+        return Err(Error::shape(op, "tensors", 1 + 3 * n + copies, tensors.len()));
+    }
+    for i in 0..n {
+        let (gradient, weight, momentum) = (tensors[1 + i], tensors[1 + n + i], tensors[1 + 2 * n + i]);
+        if gradient != weight || gradient != momentum {
+            return Err(Error::shape(op, &format!("gradient and momentum {i}"), weight, gradient));
+        }
+    }
+    Ok(())
+}
+
+/// What one parameter's update takes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Hyper<T> {
+    lr: T,
+    momentum: T,
+    weight_decay: T,
+    /// Of the gradient with its weight decay; 1 changes no bit.
+    scale: T,
+}
+
+impl<T: Real> Hyper<T> {
+    pub fn of(step_params: &[f64], lr: StepParam, weight_decay: f64, scale: f64) -> Hyper<T> {
+        let param = |p: StepParam| T::of(step_params[p as usize]);
+        let [lr, momentum] = [lr, StepParam::Momentum].map(param);
+        Hyper { lr, momentum, weight_decay: T::of(weight_decay), scale: T::of(scale) }
+    }
+}
+
+/// `v = momentum v + scale (d_w + weight_decay w)`, `w = w - lr v`.
+pub(super) fn update<T: Real>(w: &mut [T], v: &mut [T], d_w: &[T], hyper: Hyper<T>) {
+    let Hyper { lr, momentum, weight_decay, scale } = hyper;
+    let blocks = w.par_chunks_mut(BLOCK).zip(v.par_chunks_mut(BLOCK)).zip(d_w.par_chunks(BLOCK));
+    blocks.for_each(|((w, v), d_w)| {
+        for ((w, v), d_w) in w.iter_mut().zip(v).zip(d_w) {
+            *v = momentum * *v + scale * (*d_w + weight_decay * *w);
+            *w -= lr * *v;
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn infer(copies: Vec<usize>, tensors: &[TensorDesc]) -> Result<Vec<TensorDesc>> {
+        let op = SgdUpdate { lr: vec![StepParam::Lr, StepParam::PredictorLr], copies };
+        op.infer(&tensors.iter().collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn copies_are_narrow_alike_and_of_their_weights_shape() {
+        let (a, b) = (TensorDesc::new([3, 5], DType::F32), TensorDesc::new([7], DType::F32));
+        let [a, b] = [&a, &b];
+        let narrow = |desc: &TensorDesc, dtype| TensorDesc { dtype, ..desc.clone() };
+        let with = |copies: &[TensorDesc]| {
+            [&[StepParam::desc()], &[a, b].repeat(3).into_iter().cloned().collect::<Vec<_>>()[..], copies].concat()
+        };
+        let (copy_a, copy_b) = (narrow(a, DType::F16), narrow(b, DType::F16));
+        infer(vec![], &with(&[])).unwrap();
+        infer(vec![1], &with(&[copy_b.clone()])).unwrap();
+        infer(vec![1, 0], &with(&[copy_b.clone(), copy_a.clone()])).unwrap();
+        for (copies, tensors) in [
+            (vec![1], vec![]),
+            (vec![0], vec![copy_b.clone()]),
+            (vec![2], vec![copy_b.clone()]),
+            (vec![0, 1], vec![copy_a, narrow(b, DType::Bf16)]),
+            (vec![1], vec![b.clone()]),
+        ] {
+            assert!(infer(copies.clone(), &with(&tensors)).is_err(), "{copies:?} {tensors:?}");
+        }
+    }
+}
