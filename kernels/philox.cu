@@ -1,5 +1,4 @@
 // Random words on a device: the generator of src/rng.rs, and what a benchmark's inputs are filled with.
-#include "common.cuh"
 #include "philox.cuh"
 
 // The first `n` words of the stream (seed, domain, index); a block of four a thread and round.

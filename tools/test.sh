@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every check of the project, from a fresh clone with nothing but Rust installed:
-# formatting, lints, all tests. Stops at the first failure.
+# formatting, lints, all tests, and what nvcc made of the kernels. Stops at the first failure.
 #
 #   SIMSIAM_REQUIRE_NVCC=1   a machine that cannot compile the CUDA kernels fails instead of testing the rest
 set -euo pipefail
@@ -50,12 +50,38 @@ cuda_compiler() {
     fi
 }
 
+# The emulator runs the CUDA kernels on the CPU, compiled by an ordinary C++ compiler.
+emulator=()
+cpp_compiler() {
+    local compiler
+    for compiler in "${CXX:-}" c++ g++ clang++; do
+        [ -n "$compiler" ] && command -v "$compiler" >/dev/null && "$compiler" --version | head -n 1 && return
+    done
+    if [ "${SIMSIAM_REQUIRE_NVCC:-0}" = 1 ]; then
+        echo "no C++ compiler (tried CXX, c++, g++, clang++); hint: Debian: apt install g++"
+        return 1
+    fi
+    echo "SKIPPED: no C++ compiler, so the CUDA kernels are not run"
+}
+
+# Registers, spills and memory accesses of the compiled kernels.
+compiled_kernels() {
+    if target/debug/simsiam-engine --version | grep -q '^CUDA *none'; then
+        echo "SKIPPED: built without nvcc"
+    else
+        python3 tools/kernel_report/report.py --check
+    fi
+}
+
 stage "Rust tools" rust_tools
 stage "CUDA compiler" cuda_compiler
+stage "C++ compiler" cpp_compiler
+grep -q '^SKIPPED' "$log" || emulator=(--features emulator)
 stage "formatting" cargo fmt --check
-stage "lints" cargo clippy --all-targets -- -D warnings
-stage "tests" cargo test
+stage "lints" cargo clippy --all-targets "${emulator[@]}" -- -D warnings
+stage "tests" cargo test "${emulator[@]}"
+tests=$(awk '/^test result:/ { passed += $4; failed += $6; ignored += $8 }
+     END { printf "%d passed, %d failed, %d skipped\n", passed, failed, ignored }' "$log")
+stage "compiled kernels" compiled_kernels
 
-printf '\nAll stages passed\n%s' "$summary"
-awk '/^test result:/ { passed += $4; failed += $6; ignored += $8 }
-     END { printf "%d passed, %d failed, %d skipped\n", passed, failed, ignored }' "$log"
+printf '\nAll stages passed\n%s%s\n' "$summary" "$tests"

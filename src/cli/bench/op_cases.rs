@@ -7,6 +7,9 @@ use crate::cli::preset::Preset;
 use crate::error::Result;
 use crate::graph::{Op, Role, Tape, backward, builtin};
 use crate::ops::batch_norm::{BatchNorm, Fusion, channel_desc};
+use crate::ops::cast::Cast;
+use crate::ops::conv2d::gradient_dtype;
+use crate::ops::cosine_loss::CosineLoss;
 use crate::ops::pool::{GlobalAvgPool, MaxPool};
 use crate::ops::sgd::{SgdUpdate, StepParam};
 use crate::ops::similarity::{Kind, Similarity};
@@ -53,7 +56,11 @@ pub(super) fn all(batch: usize, dtype: DType) -> Result<Vec<Case>> {
     for (name, kind) in [("negative_cosine", Kind::Cosine), ("softmax_xent", Kind::SoftmaxXent)] {
         cases.push(simple(name, Similarity { kind, z_shift: batch }, vec![heads.clone(), heads.clone()], dtype));
     }
-    cases.push(simple("z_std", ZStd, vec![heads], dtype));
+    cases.push(simple("z_std", ZStd, vec![heads.clone()], dtype));
+    cases.push(cosine_loss(heads, batch, dtype));
+    if dtype != DType::F32 {
+        cases.push(simple("cast", Cast { to: dtype }, vec![vec![25_557_032]], DType::F32));
+    }
     cases.push(sgd()?);
     Ok(cases)
 }
@@ -77,6 +84,19 @@ fn simple(name: &'static str, op: impl Op + Copy + 'static, shapes: Vec<Vec<usiz
 fn seed(tape: &mut Tape, y: crate::graph::ValueId) -> Result<()> {
     let d_y = tape.leaf("d_y", tape.desc(y).clone(), Role::Input, false);
     backward(tape, &[(y, d_y)]).map(|_| ())
+}
+
+/// The loss of a step: its gradient comes with it.
+fn cosine_loss(shape: Vec<usize>, z_shift: usize, dtype: DType) -> Case {
+    Case::new("cosine_loss", &shape.clone(), move || {
+        let mut tape = Tape::new();
+        let desc = TensorDesc::new(&shape[..], dtype);
+        let p = tape.leaf("p", desc.clone(), Role::Input, false);
+        let z = tape.leaf("z", desc, Role::Input, false);
+        let d_loss = tape.leaf("d_loss", TensorDesc::new([], gradient_dtype(dtype)), Role::Input, false);
+        tape.record(CosineLoss { z_shift }, &[p, z, d_loss])?;
+        Ok(tape)
+    })
 }
 
 /// With ReLU, in two groups.

@@ -42,6 +42,10 @@ pub struct BatchNorm {
     pub fusion: Fusion,
 }
 
+fn total_bytes(tensors: &[&TensorDesc]) -> u64 {
+    tensors.iter().map(|tensor| tensor.bytes() as u64).sum()
+}
+
 /// Checks x and the optional tensors that start at `inputs[1]`; returns the channel count.
 fn check_inputs(op: &str, inputs: &[&TensorDesc], fusion: Fusion) -> Result<usize> {
     let x = inputs[0];
@@ -104,6 +108,11 @@ impl Op for BatchNorm {
         g.emit(op, &inputs, &targets)
     }
 
+    /// x is read again once its statistics are known.
+    fn bytes(&self, inputs: &[&TensorDesc], outputs: &[&TensorDesc]) -> u64 {
+        total_bytes(inputs) + total_bytes(outputs) + inputs[0].bytes() as u64
+    }
+
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
         dispatch_real!("batch_norm", io.inputs[0].desc.dtype, T => cpu::forward::<T>(self, io));
         Ok(())
@@ -154,6 +163,12 @@ impl Op for BatchNormBackward {
 
     fn accumulates(&self) -> bool {
         true
+    }
+
+    /// d_y, x and the mask are read again once their sums are known; with a residual its gradient stands in for d_y and mask.
+    fn bytes(&self, inputs: &[&TensorDesc], outputs: &[&TensorDesc]) -> u64 {
+        let again = if self.fusion.relu && !self.fusion.residual { 3 } else { 2 };
+        total_bytes(inputs) + total_bytes(outputs) + again * inputs[1].bytes() as u64
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
