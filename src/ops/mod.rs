@@ -15,8 +15,8 @@ pub mod linear;
 pub mod pad_channels;
 pub mod pool;
 pub mod relu;
+mod row_teams;
 mod row_tiles;
-mod rows;
 pub mod sgd;
 pub mod similarity;
 pub mod slice_rows;
@@ -40,7 +40,7 @@ pub fn cuda_kernels() -> Vec<&'static Kernel> {
         pad_channels::cuda::KERNELS,
         pool::cuda::KERNELS,
         relu::cuda::KERNELS,
-        rows::KERNELS,
+        row_teams::KERNELS,
         sgd::cuda::KERNELS,
         similarity::cuda::KERNELS,
         slice_rows::cuda::KERNELS,
