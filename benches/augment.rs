@@ -5,6 +5,9 @@ use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use simsiam_engine::data::augment::{AugmentConfig, Augmenter, Image, ViewParams};
+use simsiam_engine::data::loader::StoredImage;
+use simsiam_engine::ops::augment::Augmentation;
+use simsiam_engine::tensor::DType;
 
 const VIEWS: usize = 64;
 
@@ -42,12 +45,29 @@ fn only(jitter: bool, blur: bool) -> AugmentConfig {
     }
 }
 
+/// What is left to the host when a device makes the views.
+fn describe(c: &mut Criterion) {
+    let config = AugmentConfig::imagenet();
+    let sides = StoredImage { width: 256, height: 256, channels: 3, original_width: 500, original_height: 375, offset: 0 };
+    let images: Vec<_> = (0..VIEWS / 2).map(|i| StoredImage { offset: i * sides.len(), ..sides }).collect();
+    let draw = |sample, view| ViewParams::draw(&config, 1, 0, sample, view, 500, 375);
+    let params: Vec<_> = (0..VIEWS as u64 / 2).map(|sample| [draw(sample, 0), draw(sample, 1)]).collect();
+    let augmentation = Augmentation::new(&config, DType::Bf16, 8, 256).unwrap();
+    let mut views = Vec::new();
+    let mut group = c.benchmark_group("augment");
+    group.sample_size(10).throughput(Throughput::Elements(VIEWS as u64));
+    group.bench_function("describe_for_a_device", |b| {
+        b.iter(|| augmentation.describe(&images, &params, images.len() * sides.len(), black_box(&mut views)).unwrap());
+    });
+}
+
 fn augment(c: &mut Criterion) {
     views(c, "views_224_from_256", &AugmentConfig::imagenet(), 256);
     views(c, "views_32_from_32", &AugmentConfig::cifar(), 32);
     views(c, "crop_only_224_from_256", &only(false, false), 256);
     views(c, "crop_and_jitter_224_from_256", &only(true, false), 256);
     views(c, "crop_and_blur_224_from_256", &only(false, true), 256);
+    describe(c);
 }
 
 // Plots would need a system font, which this crate's build of plotters leaves out.

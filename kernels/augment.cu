@@ -1,10 +1,10 @@
-// Augmentation: stored images (bytes) to the two normalised views of each, as src/data/augment makes them on the CPU, bit
-// for bit: every value is computed by the same float operations in the same order, none of them fused.
+// Augmentation: stored images (bytes) to the two normalised views of each, as src/data/augment makes them on the CPU,
+// bit for bit: every value is computed by the same float operations in the same order, none of them fused.
 //
-// Three kernels. `augment_taps` works out the filters of each view once, in double as on the CPU. `augment_crop` cuts out,
-// resizes and takes the colour jitter up to its contrast, whose mean luma it sums up. `augment_finish` does the rest:
-// jitter, grey, blur, normalisation. Between the two lie planes of floats; the launcher takes so few views at a time that
-// these stay in the second-level cache.
+// Three kernels. `augment_taps` works out the filters of each view once, in double as on the CPU. `augment_crop` cuts
+// out, resizes and takes the colour jitter up to its contrast, whose mean luma it sums up. `augment_finish` does the
+// rest: jitter, grey, blur, normalisation. Between the two lie planes of floats; the launcher takes so few views at a
+// time that these stay in the second-level cache.
 #include "common.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -30,6 +30,7 @@ struct AugmentView {
     int32_t blur_taps; // at least 1
     float blur[MAX_BLUR_TAPS]; // centre and right half of the kernel
 };
+static_assert(sizeof(AugmentView) == 656, "as in Rust");
 
 // Normalised value = level x scale + offset, by channel.
 struct Normalisation {
@@ -52,8 +53,8 @@ struct AugmentTaps {
     const float* weights;
     int taps;
 
-    __device__ __forceinline__ AugmentTaps(const AugmentView& view, int axis, const int32_t* firsts, const float* weights,
-                                           int size, int capacity)
+    __device__ __forceinline__ AugmentTaps(const AugmentView& view, int axis, const int32_t* firsts,
+                                           const float* weights, int size, int capacity)
         : first(firsts + (2 * int64_t{blockIdx.y} + axis) * size),
           weights(weights + (2 * int64_t{blockIdx.y} + axis) * capacity),
           taps(view.axis[axis].taps) {}
@@ -178,8 +179,8 @@ __device__ __forceinline__ void fetch_view(AugmentView& to, const AugmentView& f
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Crop and resize: source rows are read piece by piece into shared memory, resampled to the columns of the tile, and added
-// to the sums of the outputs that they belong to. Windows of any size pass through the same memory.
+// Crop and resize: source rows are read piece by piece into shared memory, resampled to the columns of the tile, and
+// added to the sums of the outputs that they belong to. Windows of any size pass through the same memory.
 
 constexpr int SOURCE_ROWS = 48; // resampled at a time: enough for all of a tile that shrinks them by up to 1.4
 constexpr int SOURCE_PIXELS = 80; // of each row at a time
@@ -236,7 +237,8 @@ __device__ __forceinline__ void resize_columns(CropMemory& memory, const Augment
 #pragma unroll
         for (int k = 0; k < EACH; ++k) {
             const int r = tile.warp + k * TILE_WARPS;
-            piece[k] = reinterpret_cast<const unsigned char*>(memory.source[r]) + SourcePiece(view, row + r, column).lead;
+            const int lead = SourcePiece(view, row + r, column).lead;
+            piece[k] = reinterpret_cast<const unsigned char*>(memory.source[r]) + lead;
         }
 #pragma unroll 1 // three rows at a time are enough to do; more would not fit the registers
         for (int i = max(first, column); i < min(first + columns.taps, stop); ++i) {
@@ -263,8 +265,9 @@ __device__ __forceinline__ void resize_columns(CropMemory& memory, const Augment
 // Cuts out and resizes views, takes them through the jitter up to its contrast and sums up the lumas for its mean.
 // pixels: bytes of all images, readable up to the next multiple of 16; planes[views][3][size][size].
 // Grid: tiles of a view x views. Tiles above each other both resample the rows at their border, fewer than 2 * support.
-KERNEL_RESIDENT(TILE_THREADS, 2) augment_crop(const Pack<uint32_t, 4>* pixels, const AugmentView* views, const int32_t* firsts,
-                                  const float* weights, float* planes, uint64_t* lumas, int32_t size, int32_t capacity) {
+KERNEL_RESIDENT(TILE_THREADS, 2)
+augment_crop(const Pack<uint32_t, 4>* pixels, const AugmentView* views, const int32_t* firsts, const float* weights,
+             float* planes, uint64_t* lumas, int32_t size, int32_t capacity) {
     __shared__ AugmentView view;
     __shared__ CropMemory memory;
     __shared__ uint32_t sums[TILE_WARPS];
@@ -317,8 +320,8 @@ KERNEL_RESIDENT(TILE_THREADS, 2) augment_crop(const Pack<uint32_t, 4>* pixels, c
 EXPORT(augment_crop)
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The rest: a tile with as many pixels around it as the blur reaches is coloured strip by strip, its rows are blurred to
-// the columns of the tile, then its columns.
+// The rest: a tile with as many pixels around it as the blur reaches is coloured strip by strip, its rows are blurred
+// to the columns of the tile, then its columns.
 
 // Which of 0..size stands in for place i: PIL repeats the border, torchvision reflects at it.
 __device__ __forceinline__ int inside(int i, int size, bool reflect) {
@@ -327,11 +330,22 @@ __device__ __forceinline__ int inside(int i, int size, bool reflect) {
     return min(max(i, 0), last);
 }
 
-// half[0] * centre + sum of half[i] * (before + after) over the neighbours at distance i in steps of `stride`.
-__device__ __forceinline__ float convolve(const AugmentView& view, const float* centre, int stride) {
-    float sum = view.blur[0] * centre[0];
-    for (int i = 1; i < view.blur_taps; ++i) sum += view.blur[i] * (centre[-i * stride] + centre[i * stride]);
-    return sum;
+// sums[p] = half[0] * centre + sum of half[i] * (before + after) over the neighbours at distance i in steps of stride,
+// for PLANES planes that lie `plane` apart.
+template <int PLANES>
+__device__ __forceinline__ void convolve(const AugmentView& view, const float* centre, int stride, int plane,
+                                         float (&sums)[PLANES]) {
+#pragma unroll
+    for (int p = 0; p < PLANES; ++p) sums[p] = view.blur[0] * centre[p * plane];
+#pragma unroll 2
+    for (int i = 1; i < view.blur_taps; ++i) {
+        const float weight = view.blur[i];
+#pragma unroll
+        for (int p = 0; p < PLANES; ++p) {
+            const float* const value = centre + p * plane;
+            sums[p] += weight * (value[-i * stride] + value[i * stride]);
+        }
+    }
 }
 
 // The tile's levels of the channels from `channel` on, after all changes. Each of the dynamic shared memory's two parts
@@ -358,28 +372,26 @@ __device__ __forceinline__ void change_tile(const AugmentView& view, const float
             if (view.grayscale) pixel[0][0] = pixel[0][1] = pixel[0][2] = luma(pixel[0]);
 #pragma unroll
             for (int c = 0; c < 3; ++c) {
-                if (PLANES == 3) strip[c * strip_plane + i] = pixel[0][c];
-                if (PLANES == 1 && c == channel) strip[i] = pixel[0][c];
+                if (PLANES == 3 || c == channel) strip[(c % PLANES) * strip_plane + i] = pixel[0][c];
             }
         }
         __syncthreads();
         for (int r = tile.warp; r < rows; r += TILE_WARPS) {
+            float sums[PLANES];
+            convolve(view, strip + r * extent + reach + tile.lane, 1, strip_plane, sums);
 #pragma unroll
-            for (int p = 0; p < PLANES; ++p) {
-                const float* const centre = strip + p * strip_plane + r * extent + reach + tile.lane;
-                blurred[p * blurred_plane + (top + r) * TILE + tile.lane] = convolve(view, centre, 1);
-            }
+            for (int p = 0; p < PLANES; ++p) blurred[p * blurred_plane + (top + r) * TILE + tile.lane] = sums[p];
         }
         __syncthreads();
     }
 #pragma unroll
     for (int k = 0; k < OWN_ROWS; ++k) {
         const int row = tile.warp + k * TILE_WARPS + reach;
+        float sums[PLANES];
+        convolve(view, blurred + row * TILE + tile.lane, TILE, blurred_plane, sums);
 #pragma unroll
-        for (int p = 0; p < PLANES; ++p) {
-            const float value = convolve(view, blurred + p * blurred_plane + row * TILE + tile.lane, TILE);
-#pragma unroll
-            for (int c = 0; c < 3; ++c) levels[k][c] = c == channel + p ? value : levels[k][c];
+        for (int c = 0; c < 3; ++c) {
+            if (PLANES == 3 || c == channel) levels[k][c] = sums[c % PLANES];
         }
     }
 }
@@ -401,10 +413,10 @@ template <class T> __device__ __forceinline__ void write_pixel(T* to, const floa
     }
 }
 
-template <class T>
-__device__ __forceinline__ void augment_finish(const float* planes, const AugmentView* views, const uint64_t* lumas, T* out,
-                                               int size, int channels, bool reflect, int strip_rows, bool one_by_one,
-                                               const Normalisation& normalisation) {
+template <int PLANES, class T>
+__device__ __forceinline__ void finish(const float* planes, const AugmentView* views, const uint64_t* lumas, T* out,
+                                       int size, int channels, bool reflect, int strip_rows,
+                                       const Normalisation& normalisation) {
     DYNAMIC_SHARED(float, shared);
     __shared__ AugmentView view;
     __shared__ float mean;
@@ -415,13 +427,9 @@ __device__ __forceinline__ void augment_finish(const float* planes, const Augmen
     const Tile tile(size);
     const float* const from = planes + 3 * int64_t{plane} * blockIdx.y;
     float levels[OWN_ROWS][3];
-    if (one_by_one) {
-        for (int channel = 0; channel < 3; ++channel) {
-            if (channel > 0) __syncthreads(); // the last channel's blurred rows are used up
-            change_tile<1>(view, from, tile, mean, size, reflect, shared, strip_rows, channel, levels);
-        }
-    } else {
-        change_tile<3>(view, from, tile, mean, size, reflect, shared, strip_rows, 0, levels);
+    for (int channel = 0; channel < 3; channel += PLANES) {
+        if (channel > 0) __syncthreads(); // the last channel's blurred rows are used up
+        change_tile<PLANES>(view, from, tile, mean, size, reflect, shared, strip_rows, channel, levels);
     }
 #pragma unroll
     for (int k = 0; k < OWN_ROWS; ++k) {
@@ -433,15 +441,17 @@ __device__ __forceinline__ void augment_finish(const float* planes, const Augmen
     }
 }
 
-// Finishes the views of `augment_crop`: out[views][size][size][channels], 3 or 8 channels. `reflect`: how the blur goes on
-// past the border. `one_by_one`: shared memory holds one channel instead of three, for a blur that reaches far.
+// Finishes the views of `augment_crop`: out[views][size][size][channels], 3 or 8 channels. `reflect`: how the blur goes
+// on past the border. The second is for a blur that reaches so far that shared memory has room for one channel only.
 // Grid: tiles of a view x views; shared memory as `change_tile` says, for the largest reach.
-#define INSTANTIATE(T, S)                                                                                                  \
-    KERNEL_RESIDENT(TILE_THREADS, 3)                                                                                                 \
-    augment_finish_##S(const float* planes, const AugmentView* views, const uint64_t* lumas, T* out, int32_t size,         \
-                       int32_t channels, int32_t reflect, int32_t strip_rows, int32_t one_by_one,                          \
-                       Normalisation normalisation) {                                                                      \
-        augment_finish(planes, views, lumas, out, size, channels, reflect != 0, strip_rows, one_by_one != 0, normalisation); \
-    }                                                                                                                      \
-    EXPORT(augment_finish_##S)
+#define FINISH(name, T, PLANES)                                                                                        \
+    KERNEL_RESIDENT(TILE_THREADS, 3)                                                                                   \
+    name(const float* planes, const AugmentView* views, const uint64_t* lumas, T* out, int32_t size, int32_t channels, \
+         int32_t reflect, int32_t strip_rows, Normalisation normalisation) {                                           \
+        finish<PLANES>(planes, views, lumas, out, size, channels, reflect != 0, strip_rows, normalisation);            \
+    }                                                                                                                  \
+    EXPORT(name)
+#define INSTANTIATE(T, S)            \
+    FINISH(augment_finish_##S, T, 3) \
+    FINISH(augment_finish_far_##S, T, 1)
 FOR_EACH_TYPE(INSTANTIATE)

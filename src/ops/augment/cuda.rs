@@ -9,16 +9,21 @@ use crate::error::Result;
 
 kernels! { "augment";
     /// The filters of views, and sums of lumas set to zero.
-    fn augment_taps[; 256](views: DevicePtr, firsts: DevicePtr, weights: DevicePtr, lumas: DevicePtr, size: i32, table: i32);
+    fn augment_taps[; 256](views: DevicePtr, firsts: DevicePtr, weights: DevicePtr, lumas: DevicePtr, size: i32, capacity: i32);
     /// Crop, resize, and the jitter up to its contrast.
     fn augment_crop[; 512](
         pixels: DevicePtr, views: DevicePtr, firsts: DevicePtr, weights: DevicePtr, planes: DevicePtr, lumas: DevicePtr,
-        size: i32, table: i32,
+        size: i32, capacity: i32,
     );
     /// The rest of the jitter, grey, blur and normalisation.
     fn augment_finish[F32, Bf16, F16; 512](
         planes: DevicePtr, views: DevicePtr, lumas: DevicePtr, out: DevicePtr, size: i32, channels: i32, reflect: i32,
-        strip_rows: i32, one_by_one: i32, normalisation: Normalisation,
+        strip_rows: i32, normalisation: Normalisation,
+    );
+    /// The same one channel at a time, for blurs that reach far.
+    fn augment_finish_far[F32, Bf16, F16; 512](
+        planes: DevicePtr, views: DevicePtr, lumas: DevicePtr, out: DevicePtr, size: i32, channels: i32, reflect: i32,
+        strip_rows: i32, normalisation: Normalisation,
     );
 }
 
@@ -70,7 +75,7 @@ impl Augmentation {
         let after = |start: usize, bytes: usize| (start + bytes).next_multiple_of(256);
         let firsts = after(0, views * size_of::<u64>());
         let weights = after(firsts, 2 * views * self.size * size_of::<i32>());
-        let planes = after(weights, 2 * views * self.table() * size_of::<f32>());
+        let planes = after(weights, 2 * views * self.capacity() * size_of::<f32>());
         Layout { firsts, weights, planes, end: after(planes, self.views_at_a_time().min(views) * self.planes_bytes()) }
     }
 
@@ -106,13 +111,14 @@ impl Augmentation {
         let layout = self.layout(views);
         let (lumas, firsts) = (places.workspace, places.workspace.offset(layout.firsts));
         let (weights, planes) = (places.workspace.offset(layout.weights), places.workspace.offset(layout.planes));
-        let (size, table) = (self.size as i32, self.table() as i32);
+        let (size, capacity) = (self.size as i32, self.capacity() as i32);
         let strips = self.strips();
         let tiles = self.size.div_ceil(TILE).pow(2) as u32;
         let reflect = self.blur_kernel == BlurKernel::Gaussian;
+        let kernel = if strips.channels == 3 { augment_finish } else { augment_finish_far };
         let view_bytes = self.output(1).bytes();
 
-        let taps = augment_taps(places.descriptors, firsts, weights, lumas, size, table);
+        let taps = augment_taps(places.descriptors, firsts, weights, lumas, size, capacity);
         // SAFETY: the tables hold what `check_tables` has checked for every descriptor, times the views of the layout.
         unsafe { driver.launch(Grid::new([views as u32, 2, 1]), taps)? };
         for first in (0..views).step_by(self.views_at_a_time()) {
@@ -120,12 +126,12 @@ impl Augmentation {
             let descriptors = places.descriptors.offset(first * size_of::<ViewDescriptor>());
             let lumas = lumas.offset(first * size_of::<u64>());
             let firsts = firsts.offset(2 * first * self.size * size_of::<i32>());
-            let weights = weights.offset(2 * first * self.table() * size_of::<f32>());
-            let crop = augment_crop(places.pixels, descriptors, firsts, weights, planes, lumas, size, table);
+            let weights = weights.offset(2 * first * self.capacity() * size_of::<f32>());
+            let crop = augment_crop(places.pixels, descriptors, firsts, weights, planes, lumas, size, capacity);
             // SAFETY: `check_image` has checked that every image lies within the pixels, and the filters stay within the
             // image; the planes have room for as many views as the grid has.
             unsafe { driver.launch(grid, crop)? };
-            let finish = augment_finish(
+            let finish = kernel(
                 self.dtype,
                 planes,
                 descriptors,
@@ -135,7 +141,6 @@ impl Augmentation {
                 self.channels as i32,
                 reflect.into(),
                 strips.rows as i32,
-                (strips.channels == 1).into(),
                 self.normalisation,
             );
             // SAFETY: the planes are those just made, the output has room for all views, and no kernel of a blur, by

@@ -50,6 +50,9 @@ pub struct ViewDescriptor {
     blur: [f32; BLUR_TAPS],
 }
 
+// As in kernels/augment.cu.
+const _: () = assert!(size_of::<ViewDescriptor>() == 656);
+
 impl ViewDescriptor {
     /// A view of unchanged colours, blurred by the kernel of which `half` is the centre and the right half.
     pub(super) fn new(image: &StoredImage, filters: &[Filter; 2], flip: bool, half: &[f32]) -> ViewDescriptor {

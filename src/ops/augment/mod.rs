@@ -124,14 +124,15 @@ impl Augmentation {
         Ok(())
     }
 
-    /// Floats of one filter's table: enough for any image. A filter has at most 2 * longest_side / size + 2 taps.
-    fn table(&self) -> usize {
+    /// Weights that a filter's table has room for: those of any image, whose filters have at most
+    /// 2 * longest_side / size + 2 taps.
+    fn capacity(&self) -> usize {
         (2 * (self.longest_side + self.size)).next_multiple_of(4)
     }
 
     /// What the kernels' memory safety rests on beyond the checks of images and crops.
     fn check_tables(&self, views: &[ViewDescriptor]) {
-        let fits = |taps: usize| taps * self.size <= self.table();
+        let fits = |taps: usize| taps * self.size <= self.capacity();
         assert!(views.iter().all(|view| view.taps().into_iter().all(fits)), "a filter is larger than its table");
     }
 
