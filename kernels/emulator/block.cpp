@@ -45,7 +45,9 @@ std::string text(Site site) {
 
 std::string text(uint3 index) { return format("(%u, %u, %u)", index.x, index.y, index.z); }
 
-bool is_same(Site a, Site b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
+// The same text mostly lies in the same place.
+bool is_same(const char* a, const char* b) { return a == b || strcmp(a, b) == 0; }
+bool is_same(Site a, Site b) { return a.line == b.line && is_same(a.file, b.file); }
 
 } // namespace
 
@@ -240,6 +242,7 @@ const uint64_t* Block::meet(BlockThread& thread, const char* operation, unsigned
 // The exchange of the lanes of `mask`, in which some may be waiting already. Other lanes may be in others.
 Exchange& Block::join(BlockThread& thread, const char* operation, unsigned mask, Site site) {
     Warp& warp = *thread.warp;
+    Exchange* own = nullptr;
     for (unsigned rest = warp.in_use; rest != 0; rest &= rest - 1) {
         Exchange& group = warp.exchanges[first_lane(rest)];
         if ((group.arrived & mask) == 0 || (group.mask & bit(thread.lane)) == 0) continue;
@@ -247,11 +250,12 @@ Exchange& Block::join(BlockThread& thread, const char* operation, unsigned mask,
         if (group.mask != mask) {
             fail(thread, site, format("%s: lanes disagree on the mask, %08x and %08x", operation, group.mask, mask));
         }
-        if (group.operation != operation && strcmp(group.operation, operation) != 0) {
+        if (!is_same(group.operation, operation)) {
             fail(thread, site, format("%s: other lanes of its mask are in %s", operation, group.operation));
         }
-        return group;
+        own = &group;
     }
+    if (own != nullptr) return *own;
     const unsigned index = first_lane(~warp.in_use);
     warp.in_use |= bit(index);
     Exchange& group = warp.exchanges[index];
