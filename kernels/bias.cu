@@ -45,7 +45,8 @@ __device__ __forceinline__ void sum_rows(const T* __restrict__ x, double* __rest
     __shared__ float sums[THREADS * N]; // [cover.rows][cover.lanes * N]
     const Cover<N> cover(n);
     const int tile = cover.lanes * N, first_column = blockIdx.x * tile, column = first_column + cover.lane * N;
-    const int64_t first = blockIdx.y * rows_per_block, after = first + rows_per_block, end = after < rows ? after : rows;
+    const int64_t first = blockIdx.y * rows_per_block, after = first + rows_per_block;
+    const int64_t end = after < rows ? after : rows;
     float sum[N] = {};
     if (column < n) {
         for (int64_t r = first + cover.row; r < end; r += cover.rows) {

@@ -12,7 +12,8 @@ __device__ __forceinline__ void channel_sums(const float* x, double* partial, in
                                              int64_t rows_per_block, F terms) {
     __shared__ float sums[2][ROWS_AT_ONCE][WARP * PACK];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, channel = (blockIdx.x * WARP + lane) * PACK;
-    const int64_t first = blockIdx.y * rows_per_block, after = first + rows_per_block, end = after < rows ? after : rows;
+    const int64_t first = blockIdx.y * rows_per_block, after = first + rows_per_block;
+    const int64_t end = after < rows ? after : rows;
     float sum[2][PACK] = {};
     if (channel < c) {
         for (int64_t r = first + warp; r < end; r += ROWS_AT_ONCE) {
