@@ -1,15 +1,16 @@
 // Batch norm over rows of channels (NHWC images or N x D vectors): training with statistics per group of rows (a view),
 // evaluation, and the gradient; each with an optional residual and an optional ReLU in the same pass.
 //
-// Traffic through device memory, in elements of the activations per element of x (T = 2 bytes in bf16):
-//   statistics       read x                                             1
-//   apply            read x (residual), write y                         2 (3)
-//   backward reduce  read d_y, x (y), write d_residual                  2 (3), + 1 with a residual
-//   backward apply   read d_y, x (y), write d_x                         3 (4); with a residual d_y and y are replaced by
-//                                                                       d_residual, which is d_y behind the mask: 3
-// Partial sums add 8 bytes per channel and tile: below 4 % of the statistics' traffic where there are enough rows to fill
-// a device, and mostly answered by the cache. The apply passes walk from the end to the start, so that what the pass before
-// read last is still cached.
+// Traffic through device memory, in elements of the activations per element of x (2 bytes each in bf16):
+//                    plain   ReLU   ReLU and residual
+//   statistics           1      1                   1   read x
+//   apply                2      2                   3   read x (residual), write y
+//   backward reduce      2      3                   4   read d_y, x (y), write d_residual
+//   backward apply       3      4                   3   read d_y, x (y), write d_x; behind a residual d_residual, which is
+//                                                       d_y behind the mask, stands for both d_y and y
+// and one more for each output that is added to what is there. Partial sums add 8 bytes per channel and tile: below 4 % of
+// the statistics' traffic where there are rows enough to fill a device, and mostly answered by the cache. The apply passes
+// walk from the end to the start, so that what the pass before read last is still cached.
 #include "rows.cuh"
 
 // Two sums of one channel over the rows of one tile; arrays are [groups][chunks][channels].

@@ -1,7 +1,11 @@
 // Max pooling and global average pooling over NHWC, and their gradients.
 //
-// Traffic through device memory, where x is the larger tensor: max pooling reads x and writes y; its gradient reads x, y and
-// d_y and writes d_x. Windows overlap, but in the cache. Average pooling reads x or writes d_x.
+// Traffic through device memory, in elements per element of x (the larger tensor); windows overlap, but in the cache:
+//   max pool, 3x3 with stride 2   read x, write y                     1.25
+//   its gradient                  read x, y and d_y, write d_x        2.5
+//   global average pool           read x                              1
+//   its gradient                  write d_x                           1
+// and one more for a gradient that is added to what is there.
 #include "rows.cuh"
 #include "words.cuh"
 
