@@ -29,8 +29,7 @@ impl Sanitizer {
     }
 }
 
-/// The emulator's library with the kernels of `kernels/` and of more files, built anew where they have changed. Tests that
-/// run at the same time in other processes need other names.
+/// The emulator's library with the kernels of `kernels/` and of more files, built anew where they have changed.
 pub fn emulator_library(name: &str, sanitizer: Option<Sanitizer>, more: &[&str]) -> PathBuf {
     let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulator");
