@@ -55,6 +55,7 @@ mod emulator {
     static WARP_FUNCTIONS: Kernel = planted(&[(None, "warp_functions")], 64, &[PTR, PTR]);
     static ATOMICS: Kernel = planted(&[(None, "atomics")], 64, &[PTR, PTR, PTR]);
     static GLOBAL_OVERRUN: Kernel = planted(&[(None, "global_overrun")], 64, &[PTR, PTR]);
+    static MISALIGNED_ACCESS: Kernel = planted(&[(None, "misaligned_access")], 64, &[PTR, PTR]);
     /// Those that take an output alone.
     static FAULTY: [Kernel; 11] = [
         planted(&[(None, "missing_barrier")], 64, &[PTR]),
@@ -277,13 +278,16 @@ mod emulator {
     /// The fault that a launch of the kernel ends with, if it does.
     fn run_faulty(device: &Emulator, name: &str) -> Result<Vec<f32>> {
         let out = upload(device, &[0.0f32; 64]);
-        if name == "global_overrun" {
-            launch(device, blocks(1), &GLOBAL_OVERRUN, &[upload(device, &[1.0f32; 64]).0, out.0])?;
-        } else {
-            let kernel = FAULTY.iter().find(|kernel| kernel.variants[0].1 == name).unwrap();
-            let grid = blocks(if name == "race_between_blocks" { 8 } else { 1 });
-            let shared = if name == "dynamic_shared_overrun" { 256 } else { 0 };
-            launch(device, grid.with_shared(shared), kernel, &[out.0])?;
+        let input = || upload(device, &[1.0f32; 64]).0;
+        match name {
+            "global_overrun" => launch(device, blocks(1), &GLOBAL_OVERRUN, &[input(), out.0])?,
+            "misaligned_access" => launch(device, blocks(1), &MISALIGNED_ACCESS, &[input(), out.0])?,
+            _ => {
+                let kernel = FAULTY.iter().find(|kernel| kernel.variants[0].1 == name).unwrap();
+                let grid = blocks(if name == "race_between_blocks" { 8 } else { 1 });
+                let shared = if name == "dynamic_shared_overrun" { 256 } else { 0 };
+                launch(device, grid.with_shared(shared), kernel, &[out.0])?;
+            }
         }
         Ok(download(device, out, 64))
     }
@@ -416,6 +420,7 @@ mod emulator {
                 ("static_shared_overrun", Some("global-buffer-overflow")),
                 ("dynamic_shared_overrun", Some("heap-buffer-overflow")),
                 ("guard", Some("use-after-poison")),
+                ("misaligned_access", Some("misaligned address")),
             ],
         );
     }

@@ -19,7 +19,7 @@ done
 common="-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -pthread -Wall -Wextra -Wno-unknown-pragmas -DSIMSIAM_EMULATOR"
 instrumented=
 case ${1:-} in
-    address) common="$common -O1 -g -fno-omit-frame-pointer -DSIMSIAM_SANITIZE_ADDRESS" instrumented=-fsanitize=address ;;
+    address) common="$common -O1 -g -fno-omit-frame-pointer -DSIMSIAM_SANITIZE_ADDRESS" instrumented='-fsanitize=address,undefined -fno-sanitize-recover=undefined' ;;
     thread) common="$common -O1 -g -fno-omit-frame-pointer -DSIMSIAM_SANITIZE_THREAD" instrumented=-fsanitize=thread ;;
     *) common="$common -O2" ;;
 esac

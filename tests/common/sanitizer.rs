@@ -10,7 +10,7 @@ use std::process::Command;
 /// Which faults of kernels are watched for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sanitizer {
-    /// Memory out of bounds.
+    /// Memory out of bounds, misaligned accesses, and what else C++ does not define.
     Address,
     /// Races.
     Thread,
@@ -52,7 +52,10 @@ pub fn sanitized(sanitizer: Sanitizer, library: &Path, program: &Path) -> Option
     command.arg("--addr-no-randomize").arg(program);
     command.env("SIMSIAM_EMULATOR", library).env("LD_PRELOAD", runtime_of(library)?);
     match sanitizer {
-        Sanitizer::Address => command.env("ASAN_OPTIONS", format!("detect_leaks=0:exitcode={REPORTED}")),
+        Sanitizer::Address => {
+            command.env("UBSAN_OPTIONS", format!("print_stacktrace=1:exitcode={REPORTED}"));
+            command.env("ASAN_OPTIONS", format!("detect_leaks=0:exitcode={REPORTED}"))
+        }
         Sanitizer::Thread => {
             // Rust's threads synchronise in ways that it does not see, so only the kernels are watched. With several threads,
             // races between blocks are seen.
