@@ -18,12 +18,33 @@ typedef Pack<float, 2> Partial;
 // ---------------------------------------------------------------------------------------------------------------------
 // Sums over the rows of tiles. Grid: one block per tile.
 
-// Partial sums of x - shift and its square, with the first row of the group as shift: exact where the mean is large.
+// What the sums of squares are shifted by: about the group's mean, so that they do not cancel in the variance. The average of
+// its first eight rows (of fewer, the first), pairwise, which is exact for a constant channel. `x` is the first row's.
+constexpr int SHIFT_ROWS = 8;
+template <int N, class T>
+__device__ __forceinline__ void load_shift(float (&shift)[N], const T* x, int64_t rows, int channels) {
+    load(shift, x);
+    if (rows < SHIFT_ROWS) return;
+    float v[SHIFT_ROWS][N];
+    load_rows(v, x, channels);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+        float of_channel[SHIFT_ROWS];
+#pragma unroll
+        for (int u = 0; u < SHIFT_ROWS; ++u) of_channel[u] = v[u][k];
+        shift[k] = tree_sum(of_channel) * (1.0f / SHIFT_ROWS);
+    }
+}
+
+// Partial sums of x - shift and its square.
 template <int N, class T>
 __device__ __forceinline__ void statistics(const T* __restrict__ x, Partial* __restrict__ partials, const RowTiles& tiles) {
     const Tile<N> tile(tiles, blockIdx.x);
     float shift[N] = {}, sums[2][N] = {};
-    if (tile.inside) load(shift, x + tile.group * tiles.rows * tiles.channels + tile.channel);
+    if (tile.inside) {
+        const T* const of_group = x + tile.group * tiles.rows * tiles.channels + tile.channel;
+        load_shift(shift, of_group, tiles.rows, tiles.channels);
+    }
     for_rows<4>(tile, [&](int64_t i, auto count) {
         constexpr int U = decltype(count)::value;
         float v[U][N];
@@ -151,8 +172,9 @@ __device__ __forceinline__ void finish_statistics(const Partial* partials, int c
     if (global_thread() == 0) *tracked += groups;
     const double n = double(rows);
     combine(partials, chunks, groups, channels, [=](int group, int channel, double first, double second) {
-        const double shift = double(to_float(x[group * rows * channels + channel]));
-        const double average = shift + first / n;
+        float shift[1];
+        load_shift(shift, x + group * rows * channels + channel, rows, channels);
+        const double average = double(shift[0]) + first / n;
         const double variance = fmax((second - first * first / n) / n, 0.0);
         const double inverse = 1.0 / sqrt(variance + eps);
         const int64_t i = int64_t{group} * channels + channel;

@@ -3,8 +3,8 @@
 
 constexpr int THREADS = 256;
 
-// How a block covers a matrix [rows][n] in packs of N columns: `lanes` threads side by side along a row (a power of two, no
-// more than the row needs, at most a warp) and `rows` of them below each other.
+// How a block covers a matrix [rows][n] in packs of N columns: `lanes` threads side by side along a row (a power of
+// two, no more than the row needs, at most a warp) and `rows` of them below each other.
 template <int N> struct Cover {
     int lanes, rows, lane, row;
 
@@ -37,15 +37,15 @@ __device__ __forceinline__ void add_bias(const T* __restrict__ x, const float* _
     }
 }
 
-// partial[blockIdx.y][c] = the sum of column c over the rows_per_block rows of this block: short chains in float, then in
-// double. Grid: tiles of lanes * N columns, parts of the rows.
+// partial[blockIdx.y][c] = the sum of column c over the rows_per_block rows of this block: short chains in float, then
+// in double. Grid: tiles of lanes * N columns, parts of the rows.
 template <int N, class T>
 __device__ __forceinline__ void sum_rows(const T* __restrict__ x, double* __restrict__ partial, int64_t rows, int n,
                                          int64_t rows_per_block) {
     __shared__ float sums[THREADS * N]; // [cover.rows][cover.lanes * N]
     const Cover<N> cover(n);
     const int tile = cover.lanes * N, first_column = blockIdx.x * tile, column = first_column + cover.lane * N;
-    const int64_t first = blockIdx.y * rows_per_block, end = first + rows_per_block < rows ? first + rows_per_block : rows;
+    const int64_t first = blockIdx.y * rows_per_block, after = first + rows_per_block, end = after < rows ? after : rows;
     float sum[N] = {};
     if (column < n) {
         for (int64_t r = first + cover.row; r < end; r += cover.rows) {
@@ -85,21 +85,21 @@ KERNEL(THREADS) sum_rows_finish(const double* partial, float* d_bias, int32_t pa
 }
 EXPORT(sum_rows_finish)
 
-#define INSTANTIATE(T, S)                                                                                                   \
-    KERNEL(THREADS) add_bias_##S(const T* x, const float* bias, T* y, int64_t rows, int32_t n) {                            \
-        if (n % WIDTH<T> == 0) {                                                                                            \
-            add_bias<WIDTH<T>>(x, bias, y, rows, n);                                                                        \
-        } else {                                                                                                            \
-            add_bias<1>(x, bias, y, rows, n);                                                                               \
-        }                                                                                                                   \
-    }                                                                                                                       \
-    EXPORT(add_bias_##S)                                                                                                    \
-    KERNEL(THREADS) sum_rows_##S(const T* x, double* partial, int64_t rows, int32_t n, int64_t rows_per_block) {            \
-        if (n % WIDTH<T> == 0) {                                                                                            \
-            sum_rows<WIDTH<T>>(x, partial, rows, n, rows_per_block);                                                        \
-        } else {                                                                                                            \
-            sum_rows<1>(x, partial, rows, n, rows_per_block);                                                               \
-        }                                                                                                                   \
-    }                                                                                                                       \
+#define INSTANTIATE(T, S)                                                                                              \
+    KERNEL(THREADS) add_bias_##S(const T* x, const float* bias, T* y, int64_t rows, int32_t n) {                       \
+        if (n % WIDTH<T> == 0) {                                                                                       \
+            add_bias<WIDTH<T>>(x, bias, y, rows, n);                                                                   \
+        } else {                                                                                                       \
+            add_bias<1>(x, bias, y, rows, n);                                                                          \
+        }                                                                                                              \
+    }                                                                                                                  \
+    EXPORT(add_bias_##S)                                                                                               \
+    KERNEL(THREADS) sum_rows_##S(const T* x, double* partial, int64_t rows, int32_t n, int64_t rows_per_block) {       \
+        if (n % WIDTH<T> == 0) {                                                                                       \
+            sum_rows<WIDTH<T>>(x, partial, rows, n, rows_per_block);                                                   \
+        } else {                                                                                                       \
+            sum_rows<1>(x, partial, rows, n, rows_per_block);                                                          \
+        }                                                                                                              \
+    }                                                                                                                  \
     EXPORT(sum_rows_##S)
 FOR_EACH_TYPE(INSTANTIATE)

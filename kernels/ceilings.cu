@@ -1,6 +1,6 @@
-// What a device can do at best, for benchmarks to measure themselves against: a copy through memory, float32 multiply-adds,
-// and bf16 tensor cores fed from registers. (mma.sync reaches the peak of the A100 and of the cards up to Ada; an H100 does
-// about 1.6 times as much by wgmma, which reads shared memory.)
+// What a device can do at best, for benchmarks to measure themselves against: a copy through memory, float32
+// multiply-adds, and bf16 tensor cores fed from registers. (mma.sync reaches the peak of the A100 and of the cards up
+// to Ada; an H100 does about 1.6 times as much by wgmma, which reads shared memory.)
 #include "mma.cuh"
 
 constexpr int CHAINS = 8;  // independent accumulators of a thread or warp, enough to hide the latency of one

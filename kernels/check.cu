@@ -27,7 +27,8 @@ struct Summary {
 };
 
 // parts[block] = the summary of the elements that this block visits.
-template <class T> __device__ __forceinline__ void summarise(const T* __restrict__ x, int64_t n, Summary* __restrict__ parts) {
+template <class T>
+__device__ __forceinline__ void summarise(const T* __restrict__ x, int64_t n, Summary* __restrict__ parts) {
     __shared__ double sums[THREADS / WARP];
     __shared__ float maxima[THREADS / WARP];
     double sum = 0.0, squares = 0.0;
@@ -49,9 +50,9 @@ template <class T> __device__ __forceinline__ void summarise(const T* __restrict
     if (threadIdx.x == 0) parts[blockIdx.x] = {sum, squares, double(largest)};
 }
 
-#define INSTANTIATE(T, S)                                                                                                   \
-    KERNEL(THREADS) non_finite_##S(const T* x, int64_t n, unsigned long long* first) { non_finite(x, n, first); }           \
-    EXPORT(non_finite_##S)                                                                                                  \
-    KERNEL(THREADS) summarise_##S(const T* x, int64_t n, Summary* parts) { summarise(x, n, parts); }                        \
+#define INSTANTIATE(T, S)                                                                                              \
+    KERNEL(THREADS) non_finite_##S(const T* x, int64_t n, unsigned long long* first) { non_finite(x, n, first); }      \
+    EXPORT(non_finite_##S)                                                                                             \
+    KERNEL(THREADS) summarise_##S(const T* x, int64_t n, Summary* parts) { summarise(x, n, parts); }                   \
     EXPORT(summarise_##S)
 FOR_EACH_TYPE(INSTANTIATE)

@@ -1,6 +1,6 @@
 // The cosine of two rows and its gradient, as torch.nn.functional.cosine_similarity has them.
 #pragma once
-#include "row.cuh"
+#include "row_teams.cuh"
 
 constexpr float COSINE_EPS = 1e-8f; // clamp of each norm
 

@@ -6,7 +6,7 @@
 //     rows[i] = -cos(p_i, z_j),   d_p_i = -d_loss / m d cos(p_i, z_j) / d p_i
 // and for every j: rnorm[j] = 1 / max(|z_j|, 1e-12). There is no gradient for z: it is the target of a stop-gradient.
 //
-// A team of threads per row of z (see row.cuh). p and z are read once: between the products and the gradient they stay in
+// A team of threads per row of z (see row_teams.cuh). p and z are read once: between the products and the gradient they stay in
 // registers. 3 x 4 MiB move for m = r = 1024, d = 2048 in bf16.
 template <class T>
 __device__ __forceinline__ void cosine_loss(const float* d_loss, const T* p, const T* z, T* d_p, float* rows, float* rnorm, int64_t m,

@@ -1,12 +1,12 @@
 // Softmax cross-entropy of logits [m][classes] against labels [m], with the count of right answers: the linear head's loss.
 //
 // A label outside 0..classes makes its row's loss and gradient NaN, and with them the mean; nothing is read for it.
-#include "row.cuh"
+#include "row_teams.cuh"
 
 // Per row: rows[i] = -log softmax(logits_i)[label], rank[i] = the classes that rank before the label (a larger logit, or an
 // equal one of a lower class), and softmax[i] = {max, 1 / sum exp(logit - max)} for the backward pass.
 //
-// A team of threads per row (see row.cuh), grid-stride over the rows.
+// A team of threads per row (see row_teams.cuh), grid-stride over the rows.
 template <class T>
 __device__ __forceinline__ void cross_entropy(const T* logits, const int64_t* labels, float* rows, int32_t* rank, float2* softmax,
                                               int64_t m, int classes) {

@@ -1,4 +1,4 @@
-// Element by element: constants, copies, sums of two tensors, rows cut out of a tensor, and conversions of element type.
+// Element by element: constants, copies, sums of two tensors, rows cut out of a tensor, conversions of element type.
 #include "common.cuh"
 
 // y = value.
@@ -61,8 +61,8 @@ __device__ __forceinline__ void slice_rows(const T* __restrict__ x, T* __restric
     }
 }
 
-// d_x[first .. first + len] = d_y, zero in the rest of the n elements; or added there, the rest untouched. Packs where the
-// range begins and ends at one.
+// d_x[first .. first + len] = d_y, zero in the rest of the n elements; or added there, the rest untouched. Packs where
+// the range begins and ends at one.
 template <class T>
 __device__ __forceinline__ void slice_rows_backward(const T* __restrict__ d_y, T* __restrict__ d_x, int64_t first,
                                                     int64_t len, int64_t n, bool accumulate) {
@@ -87,26 +87,26 @@ __device__ __forceinline__ void slice_rows_backward(const T* __restrict__ d_y, T
     }
 }
 
-#define INSTANTIATE(T, S)                                                                                                   \
-    KERNEL(256) fill_##S(T* y, float value, int64_t n) { fill(y, value, n); }                                               \
-    EXPORT(fill_##S)                                                                                                        \
-    KERNEL(256) copy_##S(const T* x, T* y, int64_t n, int32_t accumulate) { copy(x, y, n, accumulate); }                    \
-    EXPORT(copy_##S)                                                                                                        \
-    KERNEL(256) add_##S(const T* a, const T* b, T* y, int64_t n) { add(a, b, y, n); }                                       \
-    EXPORT(add_##S)                                                                                                         \
-    KERNEL(256) slice_rows_##S(const T* x, T* y, int64_t first, int64_t n) { slice_rows(x, y, first, n); }                  \
-    EXPORT(slice_rows_##S)                                                                                                  \
-    KERNEL(256)                                                                                                             \
-    slice_rows_backward_##S(const T* d_y, T* d_x, int64_t first, int64_t len, int64_t n, int32_t accumulate) {              \
-        slice_rows_backward(d_y, d_x, first, len, n, accumulate);                                                           \
-    }                                                                                                                       \
+#define INSTANTIATE(T, S)                                                                                              \
+    KERNEL(256) fill_##S(T* y, float value, int64_t n) { fill(y, value, n); }                                          \
+    EXPORT(fill_##S)                                                                                                   \
+    KERNEL(256) copy_##S(const T* x, T* y, int64_t n, int32_t accumulate) { copy(x, y, n, accumulate); }               \
+    EXPORT(copy_##S)                                                                                                   \
+    KERNEL(256) add_##S(const T* a, const T* b, T* y, int64_t n) { add(a, b, y, n); }                                  \
+    EXPORT(add_##S)                                                                                                    \
+    KERNEL(256) slice_rows_##S(const T* x, T* y, int64_t first, int64_t n) { slice_rows(x, y, first, n); }             \
+    EXPORT(slice_rows_##S)                                                                                             \
+    KERNEL(256)                                                                                                        \
+    slice_rows_backward_##S(const T* d_y, T* d_x, int64_t first, int64_t len, int64_t n, int32_t accumulate) {         \
+        slice_rows_backward(d_y, d_x, first, len, n, accumulate);                                                      \
+    }                                                                                                                  \
     EXPORT(slice_rows_backward_##S)
 FOR_EACH_TYPE(INSTANTIATE)
 
-#define INSTANTIATE_CAST(T, S)                                                                                              \
-    KERNEL(256) cast_to_##S(const float* x, T* y, int64_t n) { cast(x, y, n); }                                             \
-    EXPORT(cast_to_##S)                                                                                                     \
-    KERNEL(256) cast_from_##S(const T* x, float* y, int64_t n) { cast(x, y, n); }                                           \
+#define INSTANTIATE_CAST(T, S)                                                                                         \
+    KERNEL(256) cast_to_##S(const float* x, T* y, int64_t n) { cast(x, y, n); }                                        \
+    EXPORT(cast_to_##S)                                                                                                \
+    KERNEL(256) cast_from_##S(const T* x, float* y, int64_t n) { cast(x, y, n); }                                      \
     EXPORT(cast_from_##S)
 INSTANTIATE_CAST(bf16, bf16)
 INSTANTIATE_CAST(f16, f16)

@@ -76,32 +76,34 @@ template <int N> __device__ __forceinline__ int append(uint64_t* keys, int fille
 }
 
 // Merges one tile into best [queries][k], nearest first: cosine = products[query][column] query_scale[query]
-// bank_scale[column], bank row *first + column. A tile whose *first is 0 begins a new search.
+// bank_scale[column], bank row range[0] + column. The tile holds the bank rows from range[0] to range[1]; columns behind them
+// are ignored. A tile that starts at row 0 begins a new search.
 //
 // A block per query, grid-stride. N products a thread and round; what cannot be among the best any more is dropped at once,
 // the rest waits in shared memory until there is enough to be worth a sort. 4 bytes move per product.
 template <int N>
 __device__ __forceinline__ void merge_tile(const float* products, const float* query_scale, const float* bank_scale,
-                                           const int64_t* first, uint64_t* best, int64_t queries, int tile, int k) {
+                                           const int64_t* range, uint64_t* best, int64_t queries, int tile, int k) {
     __shared__ uint64_t keys[KNN_KEYS];
-    const int64_t first_row = *first;
+    const int64_t first_row = range[0], rows = range[1] - first_row;
+    const int columns = rows < 0 ? 0 : rows < tile ? static_cast<int>(rows) : tile;
     for (int64_t query = blockIdx.x; query < queries; query += gridDim.x) {
         const float scale = query_scale[query];
         for (int i = threadIdx.x; i < k; i += KNN_THREADS) keys[i] = first_row == 0 ? 0 : best[query * k + i];
         __syncthreads();
         uint64_t farthest = keys[k - 1];
         int filled = k;
-        for (int start = 0; start < tile; start += KNN_THREADS * N) {
+        for (int start = 0; start < columns; start += KNN_THREADS * N) {
             const int column = start + threadIdx.x * N;
             uint64_t candidate[N] = {};
-            if (column < tile) {
+            if (column < columns) {
                 float product[N], per_bank[N];
                 load(product, products + query * tile + column);
                 load(per_bank, bank_scale + column);
 #pragma unroll
                 for (int i = 0; i < N; ++i) {
                     const uint64_t found = neighbour(product[i] * scale * per_bank[i], first_row + column + i);
-                    candidate[i] = found > farthest ? found : 0;
+                    candidate[i] = column + i < columns && found > farthest ? found : 0;
                 }
             }
             filled = append(keys, filled, candidate);
@@ -118,10 +120,10 @@ __device__ __forceinline__ void merge_tile(const float* products, const float* q
 }
 
 KERNEL(256)
-knn_merge(const float* products, const float* query_scale, const float* bank_scale, const int64_t* first, uint64_t* best,
+knn_merge(const float* products, const float* query_scale, const float* bank_scale, const int64_t* range, uint64_t* best,
           int64_t queries, int tile, int k) {
-    if (tile % WIDTH<float> == 0) merge_tile<WIDTH<float>>(products, query_scale, bank_scale, first, best, queries, tile, k);
-    else merge_tile<1>(products, query_scale, bank_scale, first, best, queries, tile, k);
+    if (tile % WIDTH<float> == 0) merge_tile<WIDTH<float>>(products, query_scale, bank_scale, range, best, queries, tile, k);
+    else merge_tile<1>(products, query_scale, bank_scale, range, best, queries, tile, k);
 }
 EXPORT(knn_merge)
 

@@ -1,11 +1,11 @@
-// LARS (You, Gitman, Ginsburg, "Large batch training of convolutional networks", 2017, in the form of NVIDIA apex's LARC
-// without clipping) around SGD with momentum. For each adapted parameter whose norms are not zero,
+// LARS (You, Gitman, Ginsburg, "Large batch training of convolutional networks", 2017, in the form of NVIDIA apex's
+// LARC without clipping) around SGD with momentum. For each adapted parameter whose norms are not zero,
 //
 //     ratio = trust |w| / (|d_w| + weight_decay |w| + eps)
 //     v = momentum v + ratio (d_w + weight_decay w),    w = w - lr v
 //
-// and for all others ratio = 1 and weight_decay = 0. Three launches, each for all parameters: sums of squares by chunk, the
-// ratios, the update.
+// and for all others ratio = 1 and weight_decay = 0. Three launches, each for all parameters: sums of squares by chunk,
+// the ratios, the update.
 #include "update.cuh"
 
 struct Squares {

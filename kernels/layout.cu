@@ -1,11 +1,12 @@
-// Conversions between layouts: NCHW as PyTorch has it, NHWC as the engine has it, and NHWC with more channels (convolutions
-// want multiples of 8; the added channels are zero). A convolution's weights, [c_out][kh][kw][c_in], pad like an image.
+// Conversions between layouts: NCHW as PyTorch has it, NHWC as the engine has it, and NHWC with more channels
+// (convolutions want multiples of 8; the added channels are zero). A convolution's weights, [c_out][kh][kw][c_in], pad
+// like an image.
 #include "common.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------------
-// NCHW and NHWC: a transposition of each image, [channels] x [pixels], tile by tile through shared memory, so that reads
-// and writes both run along memory. A tile has all channels where they are few, else 32. Grid: tiles of pixels, tiles of
-// channels, images.
+// NCHW and NHWC: a transposition of each image, [channels] x [pixels], tile by tile through shared memory, so that
+// reads and writes both run along memory. A tile has all channels where they are few, else 32. Grid: tiles of pixels,
+// tiles of channels, images.
 
 constexpr int TILE = 1024;        // elements
 constexpr int TILE_CHANNELS = 32; // at most
@@ -30,8 +31,8 @@ struct Tile {
 
 // y[n][p][c] = c < channels ? x[n][c][p] : 0 for c < padded.
 template <class T>
-__device__ __forceinline__ void nchw_to_nhwc(const float* __restrict__ x, T* __restrict__ y, int64_t images, int64_t pixels,
-                                             int channels, int padded) {
+__device__ __forceinline__ void nchw_to_nhwc(const float* __restrict__ x, T* __restrict__ y, int64_t images,
+                                             int64_t pixels, int channels, int padded) {
     __shared__ float values[TILE + TILE_CHANNELS];
     const Tile tile(pixels, padded);
     for (int64_t n = blockIdx.z; n < images; n += gridDim.z) {
@@ -53,8 +54,8 @@ __device__ __forceinline__ void nchw_to_nhwc(const float* __restrict__ x, T* __r
 
 // y[n][c][p] = x[n][p][c] for c < channels, of the `padded` that x has.
 template <class T>
-__device__ __forceinline__ void nhwc_to_nchw(const T* __restrict__ x, float* __restrict__ y, int64_t images, int64_t pixels,
-                                             int channels, int padded) {
+__device__ __forceinline__ void nhwc_to_nchw(const T* __restrict__ x, float* __restrict__ y, int64_t images,
+                                             int64_t pixels, int channels, int padded) {
     __shared__ float values[TILE + TILE_CHANNELS];
     const Tile tile(pixels, padded);
     for (int64_t n = blockIdx.z; n < images; n += gridDim.z) {
@@ -106,28 +107,29 @@ __device__ __forceinline__ void pad_channels_backward(const T* __restrict__ d_y,
     }
 }
 
-#define INSTANTIATE(T, S)                                                                                                   \
-    KERNEL(256)                                                                                                             \
-    nchw_to_nhwc_##S(const float* x, T* y, int64_t images, int64_t pixels, int32_t channels, int32_t padded) {              \
-        nchw_to_nhwc(x, y, images, pixels, channels, padded);                                                               \
-    }                                                                                                                       \
-    EXPORT(nchw_to_nhwc_##S)                                                                                                \
-    KERNEL(256)                                                                                                             \
-    nhwc_to_nchw_##S(const T* x, float* y, int64_t images, int64_t pixels, int32_t channels, int32_t padded) {              \
-        nhwc_to_nchw(x, y, images, pixels, channels, padded);                                                               \
-    }                                                                                                                       \
-    EXPORT(nhwc_to_nchw_##S)                                                                                                \
-    KERNEL(256) pad_channels_##S(const T* x, T* y, int64_t rows, int32_t channels, int32_t padded) {                        \
-        if (padded % WIDTH<T> == 0) {                                                                                       \
-            pad_channels<WIDTH<T>>(x, y, rows, channels, padded);                                                           \
-        } else {                                                                                                            \
-            pad_channels<1>(x, y, rows, channels, padded);                                                                  \
-        }                                                                                                                   \
-    }                                                                                                                       \
-    EXPORT(pad_channels_##S)                                                                                                \
-    KERNEL(256)                                                                                                             \
-    pad_channels_backward_##S(const T* d_y, T* d_x, int64_t rows, int32_t channels, int32_t padded, int32_t accumulate) {   \
-        pad_channels_backward(d_y, d_x, rows, channels, padded, accumulate);                                                \
-    }                                                                                                                       \
+#define INSTANTIATE(T, S)                                                                                              \
+    KERNEL(256)                                                                                                        \
+    nchw_to_nhwc_##S(const float* x, T* y, int64_t images, int64_t pixels, int32_t channels, int32_t padded) {         \
+        nchw_to_nhwc(x, y, images, pixels, channels, padded);                                                          \
+    }                                                                                                                  \
+    EXPORT(nchw_to_nhwc_##S)                                                                                           \
+    KERNEL(256)                                                                                                        \
+    nhwc_to_nchw_##S(const T* x, float* y, int64_t images, int64_t pixels, int32_t channels, int32_t padded) {         \
+        nhwc_to_nchw(x, y, images, pixels, channels, padded);                                                          \
+    }                                                                                                                  \
+    EXPORT(nhwc_to_nchw_##S)                                                                                           \
+    KERNEL(256) pad_channels_##S(const T* x, T* y, int64_t rows, int32_t channels, int32_t padded) {                   \
+        if (padded % WIDTH<T> == 0) {                                                                                  \
+            pad_channels<WIDTH<T>>(x, y, rows, channels, padded);                                                      \
+        } else {                                                                                                       \
+            pad_channels<1>(x, y, rows, channels, padded);                                                             \
+        }                                                                                                              \
+    }                                                                                                                  \
+    EXPORT(pad_channels_##S)                                                                                           \
+    KERNEL(256)                                                                                                        \
+    pad_channels_backward_##S(const T* d_y, T* d_x, int64_t rows, int32_t channels, int32_t padded,                    \
+                              int32_t accumulate) {                                                                    \
+        pad_channels_backward(d_y, d_x, rows, channels, padded, accumulate);                                           \
+    }                                                                                                                  \
     EXPORT(pad_channels_backward_##S)
 FOR_EACH_TYPE(INSTANTIATE)

@@ -1,7 +1,7 @@
 // SimSiam's two distances between predictions p [m][d] and targets z [r][d], and their gradients: negative cosine and the
 // cross-entropy of softmaxes. Row i of p is paired with row (i + shift) mod r of z.
 //
-// All kernels: a team of threads per row (see row.cuh), grid-stride over the rows. Sums are in float, over chains of d / 256
+// All kernels: a team of threads per row (see row_teams.cuh), grid-stride over the rows. Sums are in float, over chains of d / 256
 // (short rows: at most 32) elements and then pairwise.
 #include "cosine.cuh"
 

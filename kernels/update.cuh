@@ -1,5 +1,5 @@
-// What the optimisers share: a table of all parameters, passed to the kernel by value, and the update of one chunk of one of
-// them. A block works on one chunk; one launch updates every parameter of a network.
+// What the optimisers share: a table of all parameters, passed to the kernel by value, and the update of one chunk of
+// one of them. A block works on one chunk; one launch updates every parameter of a network.
 #pragma once
 
 #include "common.cuh"
@@ -47,8 +47,8 @@ struct Hyper {
     float scale; // of the gradient with its weight decay; 1 changes no bit
 };
 
-// v = momentum v + scale (d_w + weight_decay w), w = w - lr v, and the copy if there is one, in chunk number `chunk` of the
-// launch. The order of the operations is that of the CPU: equal bits.
+// v = momentum v + scale (d_w + weight_decay w), w = w - lr v, and the copy if there is one, in chunk number `chunk` of
+// the launch. The order of the operations is that of the CPU: equal bits.
 template <class T> __device__ __forceinline__ void update_chunk(const Parameter& p, uint32_t chunk, const Hyper hyper) {
     const int64_t first = int64_t{chunk - p.first_chunk} * CHUNK;
     const int n = int(p.n - first < CHUNK ? p.n - first : CHUNK);

@@ -1,8 +1,8 @@
 // The collapse figure: mean over dimensions of the unbiased standard deviation, over rows, of z / max(|z|, 1e-12).
 // Two steps and `means` (mean.cu): the rows' norms, then the spread of each dimension.
-#include "row.cuh"
+#include "row_teams.cuh"
 
-// rnorm[j] = 1 / max(|z_j|, 1e-12). A team of threads per row (see row.cuh), grid-stride over the rows.
+// rnorm[j] = 1 / max(|z_j|, 1e-12). A team of threads per row (see row_teams.cuh), grid-stride over the rows.
 template <class T> __device__ __forceinline__ void row_rnorms(const T* z, float* rnorm, int64_t rows, int d) {
     for_row_length<T>(d, [=](auto width, auto team) {
         using TEAM = decltype(team);

@@ -160,7 +160,7 @@ pub(super) mod cuda {
     use crate::backend::cuda::kernel::kernels;
     use crate::backend::cuda::{CudaIo, DevicePtr, Grid};
     use crate::error::Result;
-    use crate::ops::rows::{row_grid, row_length};
+    use crate::ops::row_teams::{row_grid, row_length};
 
     kernels! { "cross_entropy";
         /// loss and rank of each row, and what the backward pass needs

@@ -54,9 +54,10 @@ pub fn elect(neighbours: impl Iterator<Item = (f32, usize)>, temperature: f64, c
 /// Merges one tile of the bank into the nearest neighbours found so far.
 ///
 /// Inputs: products `[queries][tile]`, the queries' and the tile's reciprocal norms `[queries]` and `[tile]` (all F32), and
-/// the bank row of the tile's first column (I64 scalar); the cosine is `product * query_scale * bank_scale`. Updates
-/// `[queries][k]` (I64, k at most [`MAX_NEIGHBOURS`]): the bits of the best [`Neighbour`]s, nearest first, 0 for none. A
-/// tile that starts at bank row 0 begins a new search. A bank has fewer than 2^32 - 1 rows.
+/// the range of bank rows in the tile, start and end (I64 `[2]`); columns behind its end are ignored. The cosine is
+/// `product * query_scale * bank_scale`. Updates `[queries][k]` (I64, k at most [`MAX_NEIGHBOURS`]): the bits of the best
+/// [`Neighbour`]s, nearest first, 0 for none. A tile that starts at bank row 0 begins a new search. A bank has fewer than
+/// 2^32 - 1 rows.
 #[derive(Debug, Clone, Copy)]
 pub struct KnnMerge;
 
@@ -89,7 +90,7 @@ impl Op for KnnMerge {
             ("products", TensorDesc::new([queries, tile], DType::F32)),
             ("query_scale", TensorDesc::new([queries], DType::F32)),
             ("bank_scale", TensorDesc::new([tile], DType::F32)),
-            ("first", TensorDesc::new([], DType::I64)),
+            ("range", TensorDesc::new([2], DType::I64)),
         ];
         for ((what, expected), input) in expected.into_iter().zip(inputs) {
             if **input != expected {
@@ -106,15 +107,16 @@ impl Op for KnnMerge {
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
         let [_, tile, k] = merge_dims(io.inputs[0].desc, io.updates[0].desc)?;
         let (products, query_scale) = (io.inputs[0].get::<f32>(), io.inputs[1].get::<f32>());
-        let (bank_scale, first) = (io.inputs[2].get::<f32>(), io.inputs[3].get::<i64>()[0]);
+        let (bank_scale, range) = (io.inputs[2].get::<f32>(), io.inputs[3].get::<i64>());
+        let (first, columns) = (range[0], usize::try_from(range[1] - range[0]).unwrap_or(0));
         let queries = io.updates[0].get::<u64>().par_chunks_mut(k).zip(products.par_chunks(tile)).zip(query_scale);
         queries.for_each(|((best, products), query_scale)| {
             if first == 0 {
                 best.fill(0);
             }
             let farthest = best[k - 1];
-            let columns = products.iter().zip(bank_scale).enumerate();
-            let found = columns.map(|(column, (product, bank_scale))| {
+            let scaled = products.iter().zip(bank_scale).take(columns).enumerate();
+            let found = scaled.map(|(column, (product, bank_scale))| {
                 Neighbour::new(product * query_scale * bank_scale, (first + column as i64) as u32).0
             });
             let mut all: Vec<u64> = best.iter().copied().chain(found.filter(|&found| found > farthest)).collect();
@@ -190,12 +192,12 @@ pub(super) mod cuda {
     use crate::backend::cuda::kernel::kernels;
     use crate::backend::cuda::{CudaIo, DevicePtr, Grid};
     use crate::error::Result;
-    use crate::ops::rows::row_length;
+    use crate::ops::row_teams::row_length;
 
     kernels! { "knn";
         /// merges a tile into best
         fn knn_merge[; 256](
-            products: DevicePtr, query_scale: DevicePtr, bank_scale: DevicePtr, first: DevicePtr, best: DevicePtr,
+            products: DevicePtr, query_scale: DevicePtr, bank_scale: DevicePtr, range: DevicePtr, best: DevicePtr,
             queries: i64, tile: i32, k: i32,
         );
         /// the class that the neighbours vote for
@@ -207,9 +209,9 @@ pub(super) mod cuda {
 
     pub fn merge(io: &CudaIo<'_>) -> Result<()> {
         let [queries, tile, k] = merge_dims(io.inputs[0].desc, io.updates[0].desc)?;
-        let [products, query_scale, bank_scale, first] = [0, 1, 2, 3].map(|i| io.inputs[i].ptr);
+        let [products, query_scale, bank_scale, range] = [0, 1, 2, 3].map(|i| io.inputs[i].ptr);
         let (best, length) = (io.updates[0].ptr, row_length(tile)?);
-        let call = knn_merge(products, query_scale, bank_scale, first, best, queries as i64, length, k as i32);
+        let call = knn_merge(products, query_scale, bank_scale, range, best, queries as i64, length, k as i32);
         // SAFETY: `infer` checked that products are [queries][tile] and the scales [queries] and [tile], and `merge_dims` that
         // best is [queries][k] with 1 <= k <= 256.
         unsafe { io.launch(Grid::stride(queries, 1), call) }

@@ -1,5 +1,7 @@
-//! The ops: one file (or folder) each, with shape inference, backward and the CPU implementation.
+//! The ops: one file (or folder) each, with shape inference, backward and the CPU implementation. `augment` is none of a
+//! tape: it makes views on a device, for which `data` has no words.
 
+pub mod augment;
 pub mod batch_norm;
 pub mod bias;
 pub mod cast;
@@ -13,8 +15,8 @@ pub mod linear;
 pub mod pad_channels;
 pub mod pool;
 pub mod relu;
+mod row_teams;
 mod row_tiles;
-mod rows;
 pub mod sgd;
 pub mod similarity;
 pub mod slice_rows;
@@ -26,6 +28,7 @@ use crate::graph::builtin;
 /// The declarations of all CUDA kernels: those of the ops here, of the graph's own and of the backend.
 pub fn cuda_kernels() -> Vec<&'static Kernel> {
     [
+        augment::cuda::KERNELS,
         batch_norm::cuda::KERNELS,
         bias::cuda::KERNELS,
         cast::cuda::KERNELS,
@@ -37,7 +40,7 @@ pub fn cuda_kernels() -> Vec<&'static Kernel> {
         pad_channels::cuda::KERNELS,
         pool::cuda::KERNELS,
         relu::cuda::KERNELS,
-        rows::KERNELS,
+        row_teams::KERNELS,
         sgd::cuda::KERNELS,
         similarity::cuda::KERNELS,
         slice_rows::cuda::KERNELS,

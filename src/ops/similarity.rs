@@ -224,7 +224,7 @@ pub(super) mod cuda {
     use crate::backend::cuda::{CudaIo, DevicePtr};
     use crate::error::Result;
     use crate::graph::Op as _;
-    use crate::ops::rows::{Mean, row_grid, row_length, take_means};
+    use crate::ops::row_teams::{Mean, row_grid, row_length, take_means};
 
     kernels! { "similarity";
         /// the negative cosine of each row of p

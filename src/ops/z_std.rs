@@ -77,7 +77,7 @@ pub(super) mod cuda {
     use crate::backend::cuda::kernel::kernels;
     use crate::backend::cuda::{CudaIo, DevicePtr, DeviceTensor, Grid};
     use crate::error::Result;
-    use crate::ops::rows::{Mean, row_grid, row_length, take_means};
+    use crate::ops::row_teams::{Mean, row_grid, row_length, take_means};
     use crate::tensor::TensorDesc;
 
     kernels! { "z_std";

@@ -14,6 +14,7 @@ Besides the attributes each case has
     err32       {"out/y": e, "d_in/x": e, ...}: largest absolute error of PyTorch's own float32 run
     err16       the same for bfloat16: activations, weights and arriving gradients rounded to bfloat16; statistics, batch norm's
                 parameters and losses in float32 (only for ops that run in bfloat16)
+    err_f16     the same for float16, without tensors that overflow
 """
 
 import json
@@ -25,7 +26,8 @@ import torch.nn.functional as F
 
 from . import tensor_file
 
-# Kept in float32 when everything else is rounded to bfloat16.
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+# Kept in float32 when everything else is rounded to low precision.
 _FLOAT32_NAMES = {"gamma", "beta", "running_mean", "running_var", "loss", "labels"}
 # How far from zero everything that enters a ReLU or a maximum stays, so that no rounding changes which side it is on.
 _MARGIN = 2e-4
@@ -122,7 +124,7 @@ def linear(i, a):
 def _targets(i, a):
     """z_{(i + z_shift) mod R} for every row i of p, and p; losses are taken in float32 at least."""
     p, z = i["p"], i["z"]
-    if p.dtype == torch.bfloat16:
+    if p.dtype in _LOW_PRECISION:
         p, z = p.float(), z.float()
     rows = (torch.arange(len(p)) + a["z_shift"]) % len(z)
     return p, z[rows]
@@ -139,7 +141,7 @@ def softmax_xent(i, a):
 
 
 def z_std(i, a):
-    z = i["z"].float() if i["z"].dtype == torch.bfloat16 else i["z"]
+    z = i["z"].float() if i["z"].dtype in _LOW_PRECISION else i["z"]
     return {"z_std": F.normalize(z, dim=1).std(0).mean()}
 
 
@@ -149,7 +151,7 @@ def cosine_loss(i, a):
 
 
 def cross_entropy(i, a):
-    logits = i["logits"].float() if i["logits"].dtype == torch.bfloat16 else i["logits"]
+    logits = i["logits"].float() if i["logits"].dtype in _LOW_PRECISION else i["logits"]
     labels = i["labels"].long()
     # topk leaves the order of equal logits open: of those the lower class comes first.
     target = logits.gather(1, labels[:, None])
@@ -245,7 +247,7 @@ def run(op, attributes, inputs, d_out, dtype=torch.float64):
     wanted = [name for name in wanted if name in inputs]
 
     def cast(name, tensor):
-        if dtype == torch.bfloat16:
+        if dtype in _LOW_PRECISION:
             tensor = tensor.to(torch.float32 if name in _FLOAT32_NAMES else dtype)
         else:
             tensor = tensor.to(dtype)
@@ -567,13 +569,32 @@ def _error(got, want):
 
 
 def own_errors(op, attributes, inputs, d_out, results):
-    """Yields ("err32", {tensor: error}) and, where the op runs in it, ("err16", ...): PyTorch's own errors against `results`."""
-    for key, dtype in (("err32", torch.float32), ("err16", torch.bfloat16)):
-        if dtype == torch.bfloat16 and op in _NO_BFLOAT16:
-            continue
+    """Yields ("err32", {tensor: error}) and, where the op runs in them, the same in low precisions: PyTorch's own errors.
+
+    In low precision a rounding can happen to undo that of the inputs; what exact arithmetic makes of the rounded inputs then counts.
+    """
+
+    def errors(inputs, d_out, dtype):
         outputs, d_in = run(op, attributes, inputs, d_out, dtype)
-        low = {f"out/{n}": t for n, t in outputs.items()} | {f"d_in/{n}": t for n, t in d_in.items()}
-        yield key, {name: float(f"{_error(low[name], tensor):.3g}") for name, tensor in results.items()}
+        got = {f"out/{n}": t for n, t in outputs.items()} | {f"d_in/{n}": t for n, t in d_in.items()}
+        return {name: _error(got[name], tensor) for name, tensor in results.items()}
+
+    yield "err32", _shown(errors(inputs, d_out, torch.float32))
+    if op in _NO_BFLOAT16:
+        return
+    for key, dtype in (("err16", torch.bfloat16), ("err_f16", torch.float16)):
+        own = errors(inputs, d_out, dtype)
+        exact = errors(_rounded(inputs, dtype), _rounded(d_out, dtype), torch.float64)
+        yield key, _shown({name: max(error, exact[name]) for name, error in own.items()})
+
+
+def _rounded(tensors, dtype):
+    return {name: tensor if name in _FLOAT32_NAMES else tensor.to(dtype).to(tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _shown(errors):
+    """With three digits; without those that are not finite, of types that overflow."""
+    return {name: float(f"{error:.3g}") for name, error in errors.items() if error < float("inf")}
 
 
 def make(path):

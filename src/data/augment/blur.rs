@@ -6,6 +6,8 @@ use crate::data::augment::{AugmentConfig, BlurKernel, Planes};
 const LANES: usize = 32;
 /// Lighter taps cost time and change nothing.
 const LIGHTEST: f64 = 1e-6;
+/// No blur that a configuration allows reaches further.
+pub const MAX_REACH: usize = 96;
 
 /// PIL's kernel: three passes of a box of fractional width, convolved. Centre and right half.
 fn boxes(sigma: f64, half: &mut Vec<f32>) {
@@ -18,6 +20,8 @@ fn boxes(sigma: f64, half: &mut Vec<f32>) {
     };
     let reach = whole as i32 + 1;
     let twice = |distance: i32| -> f64 { (-reach..=reach).map(|i| box_weight(i) * box_weight(distance - i)).sum() };
+    let twice: Vec<f64> = (-reach..=4 * reach).map(twice).collect();
+    let twice = |distance: i32| twice[(distance + reach) as usize];
     let thrice = |distance: i32| -> f64 { (-reach..=reach).map(|i| box_weight(i) * twice(distance - i)).sum() };
     half.extend((0..=3 * reach).map(thrice).take_while(|&weight| weight > LIGHTEST).map(|weight| weight as f32));
 }
@@ -43,7 +47,7 @@ fn samples(sigma: f64, reach: usize, half: &mut Vec<f32>) {
 #[derive(Debug)]
 pub(super) struct Blur {
     kernel: BlurKernel,
-    /// Taps of [`BlurKernel::Gaussian`] on each side: three times the largest sigma.
+    /// The furthest that any blur reaches.
     reach: usize,
     half: Vec<f32>,
     /// One row, continued past both ends.
@@ -54,18 +58,19 @@ pub(super) struct Blur {
 
 impl Blur {
     pub(super) fn new(config: &AugmentConfig) -> Blur {
-        let reach = (3.0 * config.blur_sigma[1]).ceil() as usize;
-        Blur { kernel: config.blur_kernel, reach, half: Vec::new(), padded_row: Vec::new(), padded_rows: Vec::new() }
+        Blur {
+            kernel: config.blur_kernel,
+            reach: config.blur_kernel.reach(config.blur_sigma[1]),
+            half: Vec::new(),
+            padded_row: Vec::new(),
+            padded_rows: Vec::new(),
+        }
     }
 
     /// Blurs all three planes with the given sigma in pixels.
     #[inline(always)]
     pub(super) fn apply(&mut self, planes: &mut Planes, sigma: f32) {
-        self.half.clear();
-        match self.kernel {
-            BlurKernel::Pil => boxes(f64::from(sigma), &mut self.half),
-            BlurKernel::Gaussian => samples(f64::from(sigma), self.reach, &mut self.half),
-        }
+        self.kernel.half(sigma, self.reach, &mut self.half);
         let size = planes.size();
         let (reach, stride) = (self.half.len() - 1, size.next_multiple_of(LANES));
         self.padded_row.resize(stride + 2 * reach, 0.0);
@@ -118,6 +123,24 @@ impl Blur {
 }
 
 impl BlurKernel {
+    /// How many pixels away the furthest tap of a blur of at most this sigma can be.
+    pub fn reach(self, max_sigma: f64) -> usize {
+        match self {
+            // Sigma is drawn as a float, which may be rounded up.
+            BlurKernel::Pil => 3 * (box_radius(f64::from(max_sigma as f32)).floor() as usize + 1),
+            BlurKernel::Gaussian => (3.0 * max_sigma).ceil() as usize,
+        }
+    }
+
+    /// Fills `half` with the centre and the right half of the kernel of `sigma`: at most 1 + `reach` weights.
+    pub fn half(self, sigma: f32, reach: usize, half: &mut Vec<f32>) {
+        half.clear();
+        match self {
+            BlurKernel::Pil => boxes(f64::from(sigma), half),
+            BlurKernel::Gaussian => samples(f64::from(sigma), reach, half),
+        }
+    }
+
     /// Which of `0..size` stands in for place `i`: PIL repeats the border, torchvision reflects at it.
     #[inline(always)]
     fn inside(self, i: isize, size: usize) -> usize {
@@ -148,4 +171,26 @@ fn convolve<'a>(half: &[f32], centre: &[f32], neighbours: impl Fn(usize) -> (&'a
         }
     }
     sums
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::augment::config::MAX_SIGMA;
+
+    #[test]
+    fn no_kernel_is_longer_than_its_reach() {
+        let mut half = Vec::new();
+        for kernel in [BlurKernel::Pil, BlurKernel::Gaussian] {
+            for step in 1..=640 {
+                let sigma = f64::from(step) / 20.0;
+                let reach = kernel.reach(sigma);
+                kernel.half(sigma as f32, reach, &mut half);
+                let total = 2.0 * half.iter().copied().map(f64::from).sum::<f64>() - f64::from(half[0]);
+                assert!((1..=1 + reach).contains(&half.len()), "sigma {sigma}: {} taps, reach {reach}", half.len());
+                assert!((total - 1.0).abs() < 1e-4, "sigma {sigma}: taps add up to {total}");
+            }
+            assert!(kernel.reach(MAX_SIGMA) <= MAX_REACH);
+        }
+    }
 }

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 
 /// Largest blur sigma: its kernel stays shorter than a few hundred taps.
-const MAX_SIGMA: f64 = 32.0;
+pub(super) const MAX_SIGMA: f64 = 32.0;
 const MAX_IMAGE_SIZE: usize = 8192;
 
 /// What a Gaussian blur of some sigma is.
@@ -16,6 +16,16 @@ pub enum BlurKernel {
     Pil,
     /// torchvision's: the density sampled at whole pixels. Below a sigma of about 0.5 it hardly blurs.
     Gaussian,
+}
+
+/// How levels of 0..255 become what a network sees: level x scale + offset, by channel.
+#[derive(Debug, Clone, Copy, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub struct Normalisation {
+    /// By red, green and blue.
+    pub scale: [f32; 3],
+    /// By red, green and blue.
+    pub offset: [f32; 3],
 }
 
 /// The distribution of the views. Both views of an image are drawn from the same one.
@@ -90,6 +100,14 @@ impl AugmentConfig {
     /// Number of values of one view: height x width x channels.
     pub fn view_len(&self) -> usize {
         self.image_size * self.image_size * 3
+    }
+
+    /// The normalisation by `mean` and `std`.
+    pub fn normalisation(&self) -> Normalisation {
+        Normalisation {
+            scale: self.std.map(|std| 1.0 / (255.0 * std)),
+            offset: std::array::from_fn(|channel| -self.mean[channel] / self.std[channel]),
+        }
     }
 
     /// Checks every parameter.

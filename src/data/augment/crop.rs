@@ -11,11 +11,36 @@ const LANES: usize = 4;
 
 /// What one axis of a resize reads: the real interval `start..end` of the source is spread over the whole output, by
 /// taps inside `bounds`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct Span {
     pub start: f64,
     pub end: f64,
     pub bounds: Range<usize>,
+}
+
+impl Span {
+    /// How the span is resized to a number of outputs.
+    pub fn filter(self, outputs: usize) -> Filter {
+        let step = (self.end - self.start) / outputs as f64;
+        let support = step.max(1.0);
+        let taps = ((2.0 * support).ceil() as usize).min(self.bounds.len());
+        Filter { start: self.start, step, support, bounds: self.bounds, taps }
+    }
+}
+
+/// The triangle filter of one axis. Output i has its centre at `start + (i + 0.5) * step` of the source.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Filter {
+    /// Where the first output begins.
+    pub start: f64,
+    /// Source pixels from one output to the next.
+    pub step: f64,
+    /// Half the width of the triangle.
+    pub support: f64,
+    /// The source pixels that may be read.
+    pub bounds: Range<usize>,
+    /// Weights of every output.
+    pub taps: usize,
 }
 
 /// The filter of one axis: for every output the first source index and as many weights as any output needs.
@@ -28,16 +53,14 @@ struct Taps {
 
 impl Taps {
     /// Fills in the taps of `outputs` outputs, mirrored when `flip` is set.
-    fn compute(&mut self, span: &Span, outputs: usize, flip: bool) {
-        let step = (span.end - span.start) / outputs as f64;
-        let support = step.max(1.0);
-        let bounds = span.bounds.clone();
-        self.per_output = ((2.0 * support).ceil() as usize).min(bounds.len());
+    fn compute(&mut self, filter: &Filter, outputs: usize, flip: bool) {
+        let &Filter { start, step, support, ref bounds, taps } = filter;
+        self.per_output = taps;
         self.first.clear();
         self.weights.clear();
         for output in 0..outputs {
             let place = if flip { outputs - 1 - output } else { output };
-            let centre = span.start + (place as f64 + 0.5) * step;
+            let centre = start + (place as f64 + 0.5) * step;
             // PIL's window: the samples whose centres lie within the support, by its way of rounding.
             let low = ((centre - support + 0.5).max(0.0) as usize).clamp(bounds.start, bounds.end - 1);
             let high = ((centre + support + 0.5) as usize).clamp(low + 1, bounds.end);
@@ -72,13 +95,13 @@ pub(super) struct Resizer {
 }
 
 impl Resizer {
-    /// Resizes what the spans cut out of `image` to `planes`, left-right flipped if `flip` is set.
+    /// Resizes what the filters cut out of `image` to `planes`, left-right flipped if `flip` is set.
     #[inline(always)]
     pub(super) fn resize(
         &mut self,
         image: &Image,
-        horizontal: &Span,
-        vertical: &Span,
+        horizontal: &Filter,
+        vertical: &Filter,
         flip: bool,
         planes: &mut Planes,
     ) {

@@ -4,8 +4,11 @@ use crate::data::augment::{Jitter, JitterOp, Planes};
 
 /// Pixels that are taken through all operations at a time: their three planes stay in the nearest cache.
 const TILE: usize = 1024;
-/// Independent partial sums of a mean; a fixed number, so that the result depends on no instruction set.
-const SUMS: usize = 16;
+/// Lumas are summed up in steps of 2^-14 level: the sum of a tile fits 32 bits, and is the same in whatever order.
+const LUMA_STEPS: f64 = 16384.0;
+/// The floats from here to twice this are whole steps.
+const LUMA_BIAS: f32 = 512.0;
+const MANTISSA: u32 = 0x7f_ffff;
 
 /// Red, green and blue levels of some pixels.
 type Tile<'a> = [&'a mut [f32]; 3];
@@ -16,12 +19,12 @@ pub(super) fn jitter_colour(planes: &mut Planes, jitter: &Jitter) {
     // Contrast needs the mean of the image as the operations before it leave it: they get a pass of their own.
     let contrast_at = jitter.order.iter().position(|&op| op == JitterOp::Contrast).unwrap_or(0);
     let (before, rest) = jitter.order.split_at(contrast_at);
-    let mut sum = 0.0;
+    let mut sum = 0;
     for mut tile in planes.tiles_mut(TILE) {
         apply(before, jitter, 0.0, &mut tile);
-        sum += sum_of_luma(&tile);
+        sum += u64::from(sum_of_luma(&tile));
     }
-    let mean = (sum / planes.pixels() as f64) as f32;
+    let mean = (sum as f64 / (LUMA_STEPS * planes.pixels() as f64)) as f32;
     for mut tile in planes.tiles_mut(TILE) {
         apply(rest, jitter, mean, &mut tile);
     }
@@ -94,18 +97,11 @@ fn luma(r: f32, g: f32, b: f32) -> f32 {
     0.299 * r + 0.587 * g + 0.114 * b
 }
 
+/// The sum of the lumas, each rounded to the nearest step.
 #[inline(always)]
-fn sum_of_luma(tile: &Tile) -> f64 {
-    let [(red, red_rest), (green, green_rest), (blue, blue_rest)] =
-        tile.each_ref().map(|plane| plane.as_chunks::<SUMS>());
-    let mut sums = [0.0; SUMS];
-    for ((r, g), b) in red.iter().zip(green).zip(blue) {
-        for i in 0..SUMS {
-            sums[i] += luma(r[i], g[i], b[i]);
-        }
-    }
-    let rest = red_rest.iter().zip(green_rest).zip(blue_rest).map(|((&r, &g), &b)| luma(r, g, b));
-    sums.into_iter().chain(rest).map(f64::from).sum()
+fn sum_of_luma([red, green, blue]: &Tile) -> u32 {
+    let steps = |((&r, &g), &b): ((&f32, &f32), &f32)| (luma(r, g, b) + LUMA_BIAS).to_bits() & MANTISSA;
+    red.iter().zip(green.iter()).zip(blue.iter()).map(steps).fold(0, u32::wrapping_add)
 }
 
 #[inline(always)]
@@ -118,6 +114,19 @@ fn for_each_pixel([red, green, blue]: &mut Tile, f: impl Fn(f32, f32, f32) -> [f
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_luma_of_a_full_tile_is_summed_up_exactly() {
+        let sum = |levels: [f32; 3]| {
+            let mut planes = levels.map(|level| vec![level; TILE]);
+            sum_of_luma(&planes.each_mut().map(Vec::as_mut_slice))
+        };
+        assert_eq!(sum([0.0; 3]), 0);
+        for levels in [[255.0; 3], [254.99, 17.3, 0.001], [0.0, 0.0, 1.0]] {
+            let expected = (f64::from(luma(levels[0], levels[1], levels[2])) * LUMA_STEPS).round_ties_even();
+            assert_eq!(f64::from(sum(levels)), expected * TILE as f64, "{levels:?}");
+        }
+    }
 
     fn pixel(colour: [f32; 3], turn: f32) -> [f32; 3] {
         let mut planes = colour.map(|value| vec![value]);

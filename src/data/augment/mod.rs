@@ -12,7 +12,9 @@ mod params;
 
 use std::ops::Range;
 
-pub use config::{AugmentConfig, BlurKernel};
+pub use blur::MAX_REACH;
+pub use config::{AugmentConfig, BlurKernel, Normalisation};
+pub use crop::Filter;
 pub use params::{CropBox, Jitter, JitterOp, ViewParams};
 
 use crate::error::{Error, Result};
@@ -138,8 +140,7 @@ impl Augmenter {
             planes: Planes::new(config.image_size),
             resizer: Resizer::default(),
             blur: Blur::new(config),
-            scale: config.std.map(|std| 1.0 / (255.0 * std)),
-            offset: std::array::from_fn(|channel| -config.mean[channel] / config.std[channel]),
+            normalisation: config.normalisation(),
         };
         Ok(Augmenter { stages, instructions: pulp::Arch::new() })
     }
@@ -149,10 +150,8 @@ impl Augmenter {
     /// # Panics
     /// When `out` has another length, or `params` were drawn for an original of another size.
     pub fn view(&mut self, image: &Image, params: &ViewParams, out: &mut [f32]) {
-        let CropBox { top, left, height, width } = params.crop;
-        let horizontal = stored_span(left, width, image.original_width, image.width);
-        let vertical = stored_span(top, height, image.original_height, image.height);
-        self.run(Job { image, horizontal, vertical, params: Some(params), out });
+        let filters = crop_filters(params.crop, image.original_size(), image.size(), self.stages.planes.size());
+        self.run(Job { image, filters, params: Some(params), out });
     }
 
     /// Makes the view for evaluation: the short side of the original is resized to `short_side` (at least the size of a
@@ -162,18 +161,8 @@ impl Augmenter {
     /// # Panics
     /// When `out` has another length than a view.
     pub fn resize_center(&mut self, image: &Image, short_side: Option<usize>, out: &mut [f32]) {
-        let size = self.stages.planes.size();
-        let default = match (image.width, image.height) == (size, size) {
-            true => size,
-            false => (size as f64 * 256.0 / 224.0).round() as usize,
-        };
-        let short_side = short_side.unwrap_or(default).max(size);
-        let (width, height) = image.original_size();
-        let shorter = u64::from(width.min(height));
-        let resized = |side: u32| (u64::from(side) * short_side as u64 / shorter) as usize;
-        let horizontal = centre_span(resized(width), size, image.width);
-        let vertical = centre_span(resized(height), size, image.height);
-        self.run(Job { image, horizontal, vertical, params: None, out });
+        let filters = centre_filters(short_side, image.original_size(), image.size(), self.stages.planes.size());
+        self.run(Job { image, filters, params: None, out });
     }
 
     fn run(&mut self, job: Job) {
@@ -185,8 +174,7 @@ impl Augmenter {
 /// One view to be made.
 struct Job<'a> {
     image: &'a Image<'a>,
-    horizontal: Span,
-    vertical: Span,
+    filters: [Filter; 2],
     /// `None` makes a plain resized cut-out.
     params: Option<&'a ViewParams>,
     out: &'a mut [f32],
@@ -199,9 +187,7 @@ struct Stages {
     planes: Planes,
     resizer: Resizer,
     blur: Blur,
-    /// Normalised value = level x scale + offset, per channel.
-    scale: [f32; 3],
-    offset: [f32; 3],
+    normalisation: Normalisation,
 }
 
 impl Stages {
@@ -209,7 +195,8 @@ impl Stages {
     fn run(&mut self, job: Job) {
         // A flip may as well come first: everything that follows treats left and right alike.
         let flip = job.params.is_some_and(|params| params.flip);
-        self.resizer.resize(job.image, &job.horizontal, &job.vertical, flip, &mut self.planes);
+        let [horizontal, vertical] = &job.filters;
+        self.resizer.resize(job.image, horizontal, vertical, flip, &mut self.planes);
         if let Some(params) = job.params {
             self.change(params);
         }
@@ -231,7 +218,7 @@ impl Stages {
 
     #[inline(always)]
     fn normalise(&self, out: &mut [f32]) {
-        let Stages { planes, scale, offset, .. } = self;
+        let Stages { planes, normalisation: Normalisation { scale, offset }, .. } = self;
         let [red, green, blue] = &planes.levels;
         for (((pixel, r), g), b) in out.as_chunks_mut::<3>().0.iter_mut().zip(red).zip(green).zip(blue) {
             *pixel = [r * scale[0] + offset[0], g * scale[1] + offset[1], b * scale[2] + offset[2]];
@@ -252,6 +239,35 @@ impl pulp::NullaryFnOnce for Run<'_> {
     fn call(self) {
         self.stages.run(self.job);
     }
+}
+
+/// The filters of the columns and rows of a view of `size` that is cut out of an image whose original has a size in whose
+/// pixels the crop is given.
+///
+/// # Panics
+/// When the crop is empty or reaches outside the original.
+pub fn crop_filters(crop: CropBox, original: (u32, u32), stored: (usize, usize), size: usize) -> [Filter; 2] {
+    let CropBox { top, left, height, width } = crop;
+    [stored_span(left, width, original.0, stored.0), stored_span(top, height, original.1, stored.1)]
+        .map(|span| span.filter(size))
+}
+
+/// The filters of the columns and rows of a view for evaluation, see [`Augmenter::resize_center`].
+pub fn centre_filters(
+    short_side: Option<usize>,
+    original: (u32, u32),
+    stored: (usize, usize),
+    size: usize,
+) -> [Filter; 2] {
+    let default = match stored == (size, size) {
+        true => size,
+        false => (size as f64 * 256.0 / 224.0).round() as usize,
+    };
+    let short_side = short_side.unwrap_or(default).max(size);
+    let shorter = u64::from(original.0.min(original.1));
+    let resized = |side: u32| (u64::from(side) * short_side as u64 / shorter) as usize;
+    [centre_span(resized(original.0), size, stored.0), centre_span(resized(original.1), size, stored.1)]
+        .map(|span| span.filter(size))
 }
 
 /// Where an interval of the original, `first..first + len` of `original` pixels, lies in a stored image of `stored`.

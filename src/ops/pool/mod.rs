@@ -246,3 +246,22 @@ impl Op for GlobalAvgPoolBackward {
         cuda::average_gradient(io)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::DType;
+
+    #[test]
+    fn nan_wins_wherever_it_stands_in_the_window() {
+        let op = MaxPool { kernel: 2, stride: 1, padding: 0 };
+        let geometry = op.geometry(&TensorDesc::new([1, 2, 2, 2], DType::F32)).unwrap();
+        for position in 0..4 {
+            let mut x = [3.0f32, -1.0, 2.0, -2.0, 5.0, -7.0, 4.0, -3.0];
+            x[2 * position] = f32::NAN;
+            let mut y = [0.0; 2];
+            op.forward(geometry, &x, &mut y);
+            assert!(y[0].is_nan() && y[1] == -1.0, "NaN at {position}: {y:?}");
+        }
+    }
+}

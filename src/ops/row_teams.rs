@@ -1,11 +1,11 @@
-//! What the ops on rows of a matrix share on CUDA: the grid of `kernels/row.cuh` and means of what each row gave.
+//! What the ops on rows of a matrix share on CUDA: the grid of `kernels/row_teams.cuh` and means of what each row gave.
 #![allow(unsafe_code)] // a launch
 
 use crate::backend::cuda::kernel::kernels;
 use crate::backend::cuda::{CudaIo, DevicePtr, Grid};
 use crate::error::{Error, Result};
 
-/// Up to this length a warp works on a row; beyond it a block. `for_row_length` in `kernels/row.cuh` draws the same line.
+/// Up to this length a warp works on a row; beyond it a block. `for_row_length` in `kernels/row_teams.cuh` draws the same line.
 const SHORT_ROW: usize = 1024;
 const WARPS_IN_BLOCK: usize = 8;
 /// Enough for every device; the kernels stride over what is left.

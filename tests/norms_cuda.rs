@@ -1,0 +1,145 @@
+//! Batch norm and pooling on an emulated CUDA device against the CPU, where goldens of single ops do not reach: gradients
+//! that add up in one tensor, and NaN.
+#![cfg(feature = "emulator")]
+
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use simsiam_engine::backend::cpu::Tier;
+use simsiam_engine::backend::cuda::emulator::{Emulator, Options};
+use simsiam_engine::exec::Device;
+use simsiam_engine::graph::{Role, Tape, ValueId, backward};
+use simsiam_engine::ops::batch_norm::{BatchNorm, Fusion, channel_desc};
+use simsiam_engine::ops::pool::{GlobalAvgPool, MaxPool};
+use simsiam_engine::rng::Stream;
+use simsiam_engine::tensor::{DType, TensorDesc};
+
+fn cpu() -> Device {
+    Device::Cpu(Tier::Direct)
+}
+
+fn emulated(seed: u64) -> Device {
+    Device::Cuda(Arc::new(Emulator::new(Options { threads: 2, seed }).unwrap()))
+}
+
+fn encode(values: &[f32], dtype: DType) -> Vec<u8> {
+    match dtype {
+        DType::Bf16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
+        DType::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
+        _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+    }
+}
+
+/// Runs a step on poisoned memory and returns the kept values; leaves are drawn from `seed`.
+fn run(device: &Device, tape: Tape, results: &[ValueId], seed: u64) -> Vec<Vec<f64>> {
+    let leaves: Vec<(ValueId, TensorDesc)> = [Role::Input, Role::State]
+        .iter()
+        .flat_map(|&role| tape.with_role(role).map(|(id, value)| (id, value.desc.clone())))
+        .collect();
+    let mut exec = device.poisoned_executor(tape).unwrap();
+    for (id, desc) in leaves {
+        let mut stream = Stream::new(seed, 3, id.index() as u64);
+        let values: Vec<f32> = (0..desc.shape.len()).map(|_| stream.normal() as f32).collect();
+        let bytes = if desc.dtype == DType::I64 { vec![0; 8] } else { encode(&values, desc.dtype) };
+        exec.write(id, &bytes).unwrap();
+    }
+    exec.run_step().unwrap();
+    assert_eq!(exec.overrun().unwrap(), None);
+    results.iter().map(|&value| exec.read(value).unwrap().to_f64()).collect()
+}
+
+/// Several consumers of x, of the residual and of gamma and beta: every gradient but the first of each is added to what is
+/// there. Returns the gradients of all four.
+fn consumers(channels: usize, groups: usize) -> (Tape, Vec<ValueId>) {
+    let mut tape = Tape::new();
+    let image = TensorDesc::new([6, 7, 9, channels], DType::F32);
+    let parameter = channel_desc(channels, DType::F32);
+    let x = tape.leaf("x", image.clone(), Role::Input, true);
+    let residual = tape.leaf("residual", image, Role::Input, true);
+    let [gamma, beta] = ["gamma", "beta"].map(|name| tape.leaf(name, parameter.clone(), Role::Input, true));
+    let state = ["running_mean", "running_var"].map(|name| tape.leaf(name, parameter.clone(), Role::State, false));
+    let tracked = tape.leaf("num_batches_tracked", TensorDesc::new([], DType::I64), Role::State, false);
+
+    let mut outputs = Vec::new();
+    for (relu, with_residual) in [(true, true), (false, true), (true, false), (false, false)] {
+        let fusion = Fusion { affine: true, residual: with_residual, relu };
+        let mut inputs = vec![x, gamma, beta];
+        inputs.extend(with_residual.then_some(residual));
+        let op = BatchNorm { groups, eps: 1e-5, momentum: 0.1, fusion };
+        outputs.push(tape.record_updating(op, &inputs, &[state[0], state[1], tracked]).unwrap()[0]);
+    }
+    for (kernel, stride, padding) in [(3, 2, 1), (4, 3, 2)] {
+        outputs.push(tape.record_one(MaxPool { kernel, stride, padding }, &[x]).unwrap());
+    }
+    outputs.push(tape.record_one(GlobalAvgPool, &[x]).unwrap());
+    outputs.push(tape.record_one(MaxPool { kernel: 2, stride: 2, padding: 0 }, &[residual]).unwrap());
+    // Walked backwards, this one comes first and overwrites; the ones above add.
+    outputs.push(tape.record_one(MaxPool { kernel: 3, stride: 1, padding: 1 }, &[x]).unwrap());
+
+    let seeds: Vec<(ValueId, ValueId)> = outputs
+        .iter()
+        .map(|&y| {
+            let desc = tape.desc(y).clone();
+            (y, tape.leaf("d_y", desc, Role::Input, false))
+        })
+        .collect();
+    let gradients = backward(&mut tape, &seeds).unwrap();
+    let results: Vec<ValueId> = [x, residual, gamma, beta].iter().map(|leaf| tape.keep(gradients[leaf])).collect();
+    (tape, results)
+}
+
+#[test]
+fn gradients_of_several_consumers_add_up() {
+    for (channels, groups) in [(3, 1), (7, 2), (8, 3), (24, 2), (64, 1)] {
+        let run_on = |device: &Device| {
+            let (tape, results) = consumers(channels, groups);
+            run(device, tape, &results, channels as u64)
+        };
+        let expected = run_on(&cpu());
+        for device in [emulated(0), emulated(5)] {
+            for (name, (got, expected)) in
+                ["x", "residual", "gamma", "beta"].iter().zip(run_on(&device).iter().zip(&expected))
+            {
+                let scale = expected.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
+                let close = got.iter().zip(expected).all(|(g, e)| (g - e).abs() <= 1e-6 * scale);
+                assert!(scale > 0.1 && close, "d_{name} with {channels} channels in {groups} groups");
+            }
+        }
+    }
+}
+
+#[test]
+fn nan_wins_a_max_pool_and_takes_no_gradient() {
+    for dtype in [DType::F32, DType::Bf16, DType::F16] {
+        for (channels, kernel, stride, padding) in [(8, 3, 2, 1), (3, 3, 2, 1), (8, 2, 1, 0), (5, 4, 2, 1)] {
+            let pooled = |device: &Device, dtype: DType| {
+                let mut tape = Tape::new();
+                let x = tape.leaf("x", TensorDesc::new([2, 9, 8, channels], dtype), Role::Input, true);
+                let y = tape.record_one(MaxPool { kernel, stride, padding }, &[x]).unwrap();
+                tape.keep(y);
+                let desc = tape.desc(y).clone();
+                let d_y = tape.leaf("d_y", desc.clone(), Role::Input, false);
+                let d_x = backward(&mut tape, &[(y, d_y)]).unwrap()[&x];
+                tape.keep(d_x);
+                let mut exec = device.poisoned_executor(tape).unwrap();
+                // Whole numbers with many ties, exact in every type; about one in nine is NaN.
+                let mut stream = Stream::new(17, 3, 0);
+                let mut values = |n: usize, nan: u32| -> Vec<f32> {
+                    let value = |word: u32| if word % 9 < nan { f32::NAN } else { (word >> 8 & 7) as f32 - 3.0 };
+                    (0..n).map(|_| value(stream.word())).collect()
+                };
+                exec.write(x, &encode(&values(2 * 9 * 8 * channels, 1), dtype)).unwrap();
+                exec.write(d_y, &encode(&values(desc.shape.len(), 0), dtype)).unwrap();
+                exec.run_step().unwrap();
+                [y, d_x].map(|value| exec.read(value).unwrap().to_f64())
+            };
+            let (expected, got) = (pooled(&cpu(), DType::F32), pooled(&emulated(2), dtype));
+            for (what, expected, got) in [("y", &expected[0], &got[0]), ("d_x", &expected[1], &got[1])] {
+                let same = expected.iter().zip(got).all(|(e, g)| e == g || e.is_nan() && g.is_nan());
+                assert!(same, "{what} of {kernel}x{kernel} over {channels} channels in {dtype}");
+            }
+            let nans = expected[0].iter().filter(|v| v.is_nan()).count();
+            assert!(nans > 0 && nans < expected[0].len() && expected[1].iter().all(|v| !v.is_nan()));
+        }
+    }
+}
