@@ -55,6 +55,7 @@ mod emulator {
     static WARP_FUNCTIONS: Kernel = planted(&[(None, "warp_functions")], 64, &[PTR, PTR]);
     static ATOMICS: Kernel = planted(&[(None, "atomics")], 64, &[PTR, PTR, PTR]);
     static GLOBAL_OVERRUN: Kernel = planted(&[(None, "global_overrun")], 64, &[PTR, PTR]);
+    static MISALIGNED_ACCESS: Kernel = planted(&[(None, "misaligned_access")], 64, &[PTR, PTR]);
     /// Those that take an output alone.
     static FAULTY: [Kernel; 11] = [
         planted(&[(None, "missing_barrier")], 64, &[PTR]),
@@ -277,13 +278,16 @@ mod emulator {
     /// The fault that a launch of the kernel ends with, if it does.
     fn run_faulty(device: &Emulator, name: &str) -> Result<Vec<f32>> {
         let out = upload(device, &[0.0f32; 64]);
-        if name == "global_overrun" {
-            launch(device, blocks(1), &GLOBAL_OVERRUN, &[upload(device, &[1.0f32; 64]).0, out.0])?;
-        } else {
-            let kernel = FAULTY.iter().find(|kernel| kernel.variants[0].1 == name).unwrap();
-            let grid = blocks(if name == "race_between_blocks" { 8 } else { 1 });
-            let shared = if name == "dynamic_shared_overrun" { 256 } else { 0 };
-            launch(device, grid.with_shared(shared), kernel, &[out.0])?;
+        let input = || upload(device, &[1.0f32; 64]).0;
+        match name {
+            "global_overrun" => launch(device, blocks(1), &GLOBAL_OVERRUN, &[input(), out.0])?,
+            "misaligned_access" => launch(device, blocks(1), &MISALIGNED_ACCESS, &[input(), out.0])?,
+            _ => {
+                let kernel = FAULTY.iter().find(|kernel| kernel.variants[0].1 == name).unwrap();
+                let grid = blocks(if name == "race_between_blocks" { 8 } else { 1 });
+                let shared = if name == "dynamic_shared_overrun" { 256 } else { 0 };
+                launch(device, grid.with_shared(shared), kernel, &[out.0])?;
+            }
         }
         Ok(download(device, out, 64))
     }
@@ -355,13 +359,8 @@ mod emulator {
     fn watch_all(sanitizer: Sanitizer, planted: &[(&str, Option<&str>)]) {
         let library = emulator_library("planted", Some(sanitizer), &[PLANTED]);
         for &(name, expected) in planted {
-            let Some(output) = watch(sanitizer, &library, name) else {
-                assert!(!required(), "SIMSIAM_REQUIRE_NVCC=1, but the {sanitizer:?} sanitizer is not installed");
-                println!("skipped: the {sanitizer:?} sanitizer is not installed");
-                return;
-            };
-            let report =
-                [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
+            let Some(output) = watch(sanitizer, &library, name) else { return skip(sanitizer) };
+            let report = text(&output);
             let Some(expected) = expected else {
                 assert!(output.status.success(), "{name} failed: {}\n{report}", output.status);
                 assert!(report.contains("1 passed"), "{name} did not run\n{report}");
@@ -371,6 +370,42 @@ mod emulator {
             assert!(report.contains(expected), "{name}: no {expected:?} in\n{report}");
             assert!(report.contains("planted.cu:"), "{name}: no line in\n{report}");
         }
+    }
+
+    fn skip(sanitizer: Sanitizer) {
+        assert!(!required(), "SIMSIAM_REQUIRE_NVCC=1, but the {sanitizer:?} sanitizer is not installed");
+        println!("skipped: the {sanitizer:?} sanitizer is not installed");
+    }
+
+    /// All that a process has printed.
+    fn text(output: &Output) -> String {
+        [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned()).concat()
+    }
+
+    /// The ops of these golden files on the emulated device, in every element type, under a sanitizer.
+    fn run_op_table(sanitizer: Sanitizer, golden: &[&str]) {
+        let folder = tempfile::tempdir().unwrap();
+        for file in golden {
+            let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(file);
+            std::fs::copy(from, folder.path().join(file)).unwrap();
+        }
+        let library = emulator_library("planted", Some(sanitizer), &[PLANTED]);
+        let engine = Path::new(env!("CARGO_BIN_EXE_simsiam-engine"));
+        let Some(mut command) = sanitized(sanitizer, &library, engine) else { return skip(sanitizer) };
+        command.args(["selftest", "--device", "cuda-emulated", "--golden"]).arg(folder.path());
+        let output = command.env("SIMSIAM_EMULATOR_SEED", "20").output().unwrap();
+        assert!(output.status.success(), "{}\n{}", output.status, text(&output));
+        assert!(text(&output).contains("agree with PyTorch"), "{}", text(&output));
+    }
+
+    #[test]
+    fn all_ops_stay_in_bounds() {
+        run_op_table(Sanitizer::Address, &["ops.safetensors", "shapes.safetensors"]);
+    }
+
+    #[test]
+    fn no_op_has_a_race() {
+        run_op_table(Sanitizer::Thread, &["ops.safetensors"]);
     }
 
     #[test]
@@ -385,6 +420,7 @@ mod emulator {
                 ("static_shared_overrun", Some("global-buffer-overflow")),
                 ("dynamic_shared_overrun", Some("heap-buffer-overflow")),
                 ("guard", Some("use-after-poison")),
+                ("misaligned_access", Some("misaligned address")),
             ],
         );
     }

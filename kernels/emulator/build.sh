@@ -19,7 +19,7 @@ done
 common="-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -pthread -Wall -Wextra -Wno-unknown-pragmas -DSIMSIAM_EMULATOR"
 instrumented=
 case ${1:-} in
-    address) common="$common -O1 -g -fno-omit-frame-pointer -DSIMSIAM_SANITIZE_ADDRESS" instrumented=-fsanitize=address ;;
+    address) common="$common -O1 -g -fno-omit-frame-pointer -DSIMSIAM_SANITIZE_ADDRESS" instrumented='-fsanitize=address,undefined -fno-sanitize-recover=undefined' ;;
     thread) common="$common -O1 -g -fno-omit-frame-pointer -DSIMSIAM_SANITIZE_THREAD" instrumented=-fsanitize=thread ;;
     *) common="$common -O2" ;;
 esac
@@ -27,29 +27,36 @@ esac
 
 objects=$out.objects
 mkdir -p "$objects"
+exec 9>"$objects/lock"
+if command -v flock >/dev/null; then flock 9; fi # against others who build the same
 newest_header=$(ls -t "$kernels"/*.cuh "$here"/*.h "$0" | head -n 1)
 
-# Says how to compile a source, unless its object is that of the same source, headers and command.
+# Whether a file is there, and was made by this command.
+is_made_by() { # FILE COMMAND
+    [ -e "$1" ] && [ "$2" = "$(cat "$1.command" 2>/dev/null)" ]
+}
+
+# Says how to compile a source, if its object is stale.
 plan() { # SOURCE FLAGS
     object=$objects/$(basename "$1").o
-    command="$compiler $common $2 -I '$kernels' -x c++ -c '$1' -o '$object'"
-    if [ ! -e "$object" ] || [ "$1" -nt "$object" ] || [ "$newest_header" -nt "$object" ] ||
-        [ "$command" != "$(cat "$object.command" 2>/dev/null)" ]; then
+    command="$compiler $common $2 -I '$kernels' -x c++ -c '$1' -o '$object.new'"
+    if ! is_made_by "$object" "$command" || [ "$1" -nt "$object" ] || [ "$newest_header" -nt "$object" ]; then
+        rm -f "$object" # so that it never is there without its command, whatever is killed when
         printf '%s\n' "$command" >"$object.command"
-        printf '%s\0' "rm -f '$object' && $command"
+        printf '%s\0' "$command && mv '$object.new' '$object'"
     fi
 }
 
-plan_all() {
+link="$compiler -shared -pthread $instrumented"
+for source in "$here"/*.cpp "$kernels"/*.cu "$@"; do link="$link '$objects/$(basename "$source").o'"; done
+{
     for source in "$here"/*.cpp; do plan "$source" ""; done
     for source in "$kernels"/*.cu "$@"; do plan "$source" "-include emulator/cuda.h $instrumented"; done
-}
-
-list_objects() {
-    for source in "$here"/*.cpp "$kernels"/*.cu "$@"; do printf "%s\0" "$objects/$(basename "$source").o"; done
-}
-
-jobs=${NUM_JOBS:-$(getconf _NPROCESSORS_ONLN)}
-plan_all "$@" | xargs -0 -r -n 1 -P "$jobs" sh -c
-list_objects "$@" | xargs -0 "$compiler" -shared -pthread $instrumented -o "$out.new"
-mv "$out.new" "$out" # whoever has the old one loaded keeps it
+} >"$objects/plan"
+if [ -s "$objects/plan" ] || ! is_made_by "$out" "$link"; then
+    rm -f "$out.command"
+    xargs -0 -n 1 -P "${NUM_JOBS:-$(getconf _NPROCESSORS_ONLN)}" sh -c <"$objects/plan"
+    sh -c "$link -o '$out.new'"
+    mv "$out.new" "$out" # whoever has the old one loaded keeps it
+    printf '%s\n' "$link" >"$out.command"
+fi

@@ -111,6 +111,14 @@ KERNEL(64) dynamic_shared_overrun(float* out) {
 }
 EXPORT(dynamic_shared_overrun)
 
+// A device refuses packs of 16 bytes that lie elsewhere than at multiples of 16.
+KERNEL(64) misaligned_access(const float* in, float* out) {
+    float v[4];
+    load(v, in + threadIdx.x % 4);
+    out[threadIdx.x] = v[0];
+}
+EXPORT(misaligned_access)
+
 // Nobody has written what is read.
 KERNEL(64) uninitialised_shared(float* out) {
     __shared__ float scratch[64];

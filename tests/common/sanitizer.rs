@@ -10,7 +10,7 @@ use std::process::Command;
 /// Which faults of kernels are watched for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sanitizer {
-    /// Memory out of bounds.
+    /// Memory out of bounds, misaligned accesses, and what else C++ does not define.
     Address,
     /// Races.
     Thread,
@@ -29,8 +29,7 @@ impl Sanitizer {
     }
 }
 
-/// The emulator's library with the kernels of `kernels/` and of more files, built anew where they have changed. Tests that
-/// run at the same time in other processes need other names.
+/// The emulator's library with the kernels of `kernels/` and of more files, built anew where they have changed.
 pub fn emulator_library(name: &str, sanitizer: Option<Sanitizer>, more: &[&str]) -> PathBuf {
     let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulator");
@@ -53,7 +52,10 @@ pub fn sanitized(sanitizer: Sanitizer, library: &Path, program: &Path) -> Option
     command.arg("--addr-no-randomize").arg(program);
     command.env("SIMSIAM_EMULATOR", library).env("LD_PRELOAD", runtime_of(library)?);
     match sanitizer {
-        Sanitizer::Address => command.env("ASAN_OPTIONS", format!("detect_leaks=0:exitcode={REPORTED}")),
+        Sanitizer::Address => {
+            command.env("UBSAN_OPTIONS", format!("print_stacktrace=1:exitcode={REPORTED}"));
+            command.env("ASAN_OPTIONS", format!("detect_leaks=0:exitcode={REPORTED}"))
+        }
         Sanitizer::Thread => {
             // Rust's threads synchronise in ways that it does not see, so only the kernels are watched. With several threads,
             // races between blocks are seen.
