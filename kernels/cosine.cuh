@@ -36,8 +36,8 @@ __device__ __forceinline__ void row_products(float (&products)[3], const Row<T, 
 
 // d_a = scale d cos(a, b) / d a, or added to what is there.
 template <class T, int N, class TEAM>
-__device__ __forceinline__ void write_cosine_gradient(const Row<T, N, TEAM>& a, const Row<T, N, TEAM>& b, const Cosine& cosine,
-                                                      float scale, T* d_a, bool accumulate) {
+__device__ __forceinline__ void write_cosine_gradient(const Row<T, N, TEAM>& a, const Row<T, N, TEAM>& b,
+                                                      const Cosine& cosine, float scale, T* d_a, bool accumulate) {
     const float along_a = scale * cosine.along_a, along_b = scale * cosine.along_b;
     a.for_each_pair(b, [=](int first, float(&a)[N], float(&b)[N]) {
 #pragma unroll

@@ -2,8 +2,8 @@
 // products, and their vote.
 //
 // A neighbour is one number that is greater the nearer it is: the cosine's bits, made to order as integers do, then the
-// complement of the bank row, so that of equal cosines the lower row is nearer. 0 is no neighbour. No two are equal, so the
-// best k do not depend on the order in which they were found.
+// complement of the bank row, so that of equal cosines the lower row is nearer. 0 is no neighbour. No two are equal, so
+// the best k do not depend on the order in which they were found.
 #include "common.cuh"
 
 constexpr int KNN_THREADS = 256;
@@ -24,9 +24,12 @@ __device__ __forceinline__ float cosine_of(uint64_t neighbour) {
     return __uint_as_float(ordered ^ (ordered >> 31 ? 0x80000000u : 0xFFFFFFFFu));
 }
 
-__device__ __forceinline__ int64_t bank_row_of(uint64_t neighbour) { return 0xFFFFFFFFu - static_cast<uint32_t>(neighbour); }
+__device__ __forceinline__ int64_t bank_row_of(uint64_t neighbour) {
+    return 0xFFFFFFFFu - static_cast<uint32_t>(neighbour);
+}
 
-// Sorts keys[0..filled), the greatest first, with zeros behind up to the next power of two (bitonic). All threads call it.
+// Sorts keys[0..filled), the greatest first, with zeros behind up to the next power of two (bitonic). All threads call
+// it.
 __device__ __forceinline__ void sort_descending(uint64_t* keys, int filled) {
     int n = 2;
     while (n < filled) n *= 2;
@@ -47,8 +50,8 @@ __device__ __forceinline__ void sort_descending(uint64_t* keys, int filled) {
     __syncthreads();
 }
 
-// Appends every thread's nonzero candidates to keys[filled..]; returns the new number of keys. Positions follow the threads'
-// order. All threads call it.
+// Appends every thread's nonzero candidates to keys[filled..]; returns the new number of keys. Positions follow the
+// threads' order. All threads call it.
 template <int N> __device__ __forceinline__ int append(uint64_t* keys, int filled, const uint64_t (&candidate)[N]) {
     __shared__ int warp_total[KNN_THREADS / WARP];
     int count = 0;
@@ -76,11 +79,11 @@ template <int N> __device__ __forceinline__ int append(uint64_t* keys, int fille
 }
 
 // Merges one tile into best [queries][k], nearest first: cosine = products[query][column] query_scale[query]
-// bank_scale[column], bank row range[0] + column. The tile holds the bank rows from range[0] to range[1]; columns behind them
-// are ignored. A tile that starts at row 0 begins a new search.
+// bank_scale[column], bank row range[0] + column. The tile holds the bank rows from range[0] to range[1]; columns
+// behind them are ignored. A tile that starts at row 0 begins a new search.
 //
-// A block per query, grid-stride. N products a thread and round; what cannot be among the best any more is dropped at once,
-// the rest waits in shared memory until there is enough to be worth a sort. 4 bytes move per product.
+// A block per query, grid-stride. N products a thread and round; what cannot be among the best any more is dropped at
+// once, the rest waits in shared memory until there is enough to be worth a sort. 4 bytes move per product.
 template <int N>
 __device__ __forceinline__ void merge_tile(const float* products, const float* query_scale, const float* bank_scale,
                                            const int64_t* range, uint64_t* best, int64_t queries, int tile, int k) {
@@ -120,19 +123,20 @@ __device__ __forceinline__ void merge_tile(const float* products, const float* q
 }
 
 KERNEL(256)
-knn_merge(const float* products, const float* query_scale, const float* bank_scale, const int64_t* range, uint64_t* best,
-          int64_t queries, int tile, int k) {
-    if (tile % WIDTH<float> == 0) merge_tile<WIDTH<float>>(products, query_scale, bank_scale, range, best, queries, tile, k);
+knn_merge(const float* products, const float* query_scale, const float* bank_scale, const int64_t* range,
+          uint64_t* best, int64_t queries, int tile, int k) {
+    constexpr int N = WIDTH<float>;
+    if (tile % N == 0) merge_tile<N>(products, query_scale, bank_scale, range, best, queries, tile, k);
     else merge_tile<1>(products, query_scale, bank_scale, range, best, queries, tile, k);
 }
 EXPORT(knn_merge)
 
-// predictions[query] = the class with the most votes, of equal ones the lowest; each of the k neighbours votes for its label
-// with weight exp((cosine - 1) / temperature), added in double in the order of distance. -1 where one of them has no row in
-// the bank or no label below `classes`. A block per query, a thread per neighbour, grid-stride.
+// predictions[query] = the class with the most votes, of equal ones the lowest; each of the k neighbours votes for its
+// label with weight exp((cosine - 1) / temperature), added in double in the order of distance. -1 where one of them has
+// no row in the bank or no label below `classes`. A block per query, a thread per neighbour, grid-stride.
 KERNEL(256)
-knn_vote(const uint64_t* best, const int64_t* labels, int64_t* predictions, int64_t queries, int64_t bank_rows, int64_t classes,
-         int k, double temperature) {
+knn_vote(const uint64_t* best, const int64_t* labels, int64_t* predictions, int64_t queries, int64_t bank_rows,
+         int64_t classes, int k, double temperature) {
     __shared__ double weight[MOST_NEIGHBOURS], votes[MOST_NEIGHBOURS];
     __shared__ int64_t label[MOST_NEIGHBOURS], elected[MOST_NEIGHBOURS];
     const int own = threadIdx.x;

@@ -1,7 +1,8 @@
 // Means of short lists: losses of rows, spreads of dimensions.
 #include "common.cuh"
 
-// Block 0 writes *y0 = sum of x0[0..n0) / per0, block 1 likewise with x1; one block where there is one list. Sums in double.
+// Block 0 writes *y0 = sum of x0[0..n0) / per0, block 1 likewise with x1; one block where there is one list. Sums in
+// double.
 KERNEL(256)
 means(const float* x0, float* y0, int64_t n0, double per0, const float* x1, float* y1, int64_t n1, double per1) {
     __shared__ double scratch[256 / WARP];

@@ -12,9 +12,9 @@ template <int LANES> struct Team {
     __device__ __forceinline__ static int lane() { return threadIdx.x % LANES; }
 
     // Calls f(row) for every row of this team: a grid-stride loop.
-    template <class F> __device__ __forceinline__ static void for_each_row(int64_t rows, F f) {
-        for (int64_t row = int64_t{blockIdx.x} * teams + threadIdx.x / LANES; row < rows; row += int64_t{gridDim.x} * teams)
-            f(row);
+    template <class F> __device__ __forceinline__ static void for_each_row(int rows, F f) {
+        const unsigned end = rows; // the step past the last row may exceed an int
+        for (unsigned row = blockIdx.x * teams + threadIdx.x / LANES; row < end; row += gridDim.x * teams) f(int(row));
     }
 
     // Replaces each of the K values by its sum over the team.
@@ -52,7 +52,8 @@ private:
     }
 };
 
-// Calls f(Count<N>, Team) with the widest access and the team that fit rows of `d` elements. Must agree with `row_grid`.
+// Calls f(Count<N>, Team) with the widest access and the team that fit rows of `d` elements. Must agree with
+// `row_grid`.
 template <class T, class F> __device__ __forceinline__ void for_row_length(int d, F f) {
     constexpr int SHORT_ROW = 1024;
     if (d % WIDTH<T> == 0) {
@@ -64,11 +65,9 @@ template <class T, class F> __device__ __forceinline__ void for_row_length(int d
     }
 }
 
-// A row of `d` elements that is gone over several times. Each thread keeps its first packs in registers, which is all of the
-// row up to d = 2048 in float; what lies behind is read again, from a cache.
-template <class T, int N, class TEAM> struct Row {
-    static constexpr int KEPT = 2;
-
+// A row of `d` elements that is gone over several times. Each thread keeps its first KEPT packs in registers, with two
+// of them all of a row up to d = 2048 in float; what lies behind is read again, from a cache.
+template <class T, int N, class TEAM, int KEPT = 2> struct Row {
     __device__ __forceinline__ Row(const T* from, int d) : from(from), d(d) {
 #pragma unroll
         for (int i = 0; i < KEPT; ++i)
@@ -77,10 +76,22 @@ template <class T, int N, class TEAM> struct Row {
 
     // Calls f(first, float (&a)[N]): the elements from `first` on.
     template <class F> __device__ __forceinline__ void for_each(F f) const {
-        for_each_pair(*this, [f](int first, float(&a)[N], float(&)[N]) { f(first, a); });
+        float a[N];
+#pragma unroll
+        for (int i = 0; i < KEPT; ++i) {
+            if (at(i) < d) {
+                unpack(a, kept[i]);
+                f(at(i), a);
+            }
+        }
+        for (int first = at(KEPT); first < d; first += TEAM::lanes * N) {
+            load(a, from + first);
+            f(first, a);
+        }
     }
 
-    // Calls f(first, float (&a)[N], float (&b)[N]) with the elements from `first` on of this row and of another as long.
+    // Calls f(first, float (&a)[N], float (&b)[N]) with the elements from `first` on of this row and of another as
+    // long.
     template <class F> __device__ __forceinline__ void for_each_pair(const Row& other, F f) const {
         float a[N], b[N];
 #pragma unroll
@@ -112,10 +123,13 @@ private:
 };
 
 // (i + shift) mod r, for i < r and shift <= r.
-__device__ __forceinline__ int64_t partner(int64_t i, int64_t shift, int64_t r) {
-    const int64_t j = i + shift;
-    return j >= r ? j - r : j;
+__device__ __forceinline__ int partner(int i, int shift, int r) {
+    const int wraps = r - shift; // from here on
+    return i < wraps ? i + shift : i - wraps;
 }
+
+// Row i of a matrix with `d` columns.
+template <class T> __device__ __forceinline__ T* row_at(T* matrix, int i, int d) { return matrix + int64_t{i} * d; }
 
 // 1 / max(|v|, 1e-12), as torch.nn.functional.normalize divides, from v's sum of squares.
 __device__ __forceinline__ float rnorm_of(float square) { return 1.0f / fmaxf(sqrtf(square), 1e-12f); }

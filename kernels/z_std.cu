@@ -3,15 +3,16 @@
 #include "row_teams.cuh"
 
 // rnorm[j] = 1 / max(|z_j|, 1e-12). A team of threads per row (see row_teams.cuh), grid-stride over the rows.
-template <class T> __device__ __forceinline__ void row_rnorms(const T* z, float* rnorm, int64_t rows, int d) {
+template <class T> __device__ __forceinline__ void row_rnorms(const T* z, float* rnorm, int rows, int d) {
     for_row_length<T>(d, [=](auto width, auto team) {
         using TEAM = decltype(team);
         constexpr int N = decltype(width)::value;
-        TEAM::for_each_row(rows, [=](int64_t j) {
+        TEAM::for_each_row(rows, [=](int j) {
+            const T* const row = row_at(z, j, d);
             float square[1] = {0.0f};
             for (int first = TEAM::lane() * N; first < d; first += TEAM::lanes * N) {
                 float v[N];
-                load(v, z + j * d + first);
+                load(v, row + first);
 #pragma unroll
                 for (float element : v) square[0] = fmaf(element, element, square[0]);
             }
@@ -28,26 +29,26 @@ constexpr int CHAIN = 16; // rows that are added in float before the sum moves o
 // spread[block] = sum of the standard deviations of the block's TILE_PACKS * N columns of z rnorm.
 //
 // A block per tile of columns: `d` over 4 packs of them, rounded up (a pack is 16 bytes where they divide d, else one
-// element). 64 rows at a time, a pack of columns per thread. Values are taken relative to row 0, so that sums of squares do
-// not cancel when the rows have nearly collapsed into one. z comes from the L2 cache, where the pass before has left it.
+// element). 64 rows at a time, a pack of columns per thread. Values are taken relative to row 0, so that sums of
+// squares do not cancel when the rows have nearly collapsed into one. z comes from the L2 cache, where the pass before
+// has left it.
 template <class T, int N>
-__device__ __forceinline__ void column_spread(const T* z, const float* rnorm, float* spread, int64_t rows, int d) {
+__device__ __forceinline__ void column_spread(const T* z, const float* rnorm, float* spread, int rows, int d) {
     const int pack = threadIdx.x % TILE_PACKS;
-    const int64_t column = (int64_t{blockIdx.x} * TILE_PACKS + pack) * N;
+    const int column = (blockIdx.x * TILE_PACKS + pack) * N;
     double sum[N] = {}, square[N] = {};
     if (column < d) {
         float shift[N];
         load(shift, z + column);
         for (float& element : shift) element *= rnorm[0];
-        for (int64_t start = threadIdx.x / TILE_PACKS; start < rows; start += TILE_ROWS * CHAIN) {
-            const T* from = z + start * d + column;
-            const int64_t left = (rows - start + TILE_ROWS - 1) / TILE_ROWS;
-            const int count = left < CHAIN ? static_cast<int>(left) : CHAIN;
+        for (unsigned start = threadIdx.x / TILE_PACKS; start < unsigned(rows); start += TILE_ROWS * CHAIN) {
+            const T* const from = row_at(z, start, d) + column;
+            const int left = (rows - start + TILE_ROWS - 1) / TILE_ROWS, count = left < CHAIN ? left : CHAIN;
             float chain_sum[N] = {}, chain_square[N] = {};
 #pragma unroll 4
             for (int i = 0; i < count; ++i) {
                 float v[N];
-                load(v, from + int64_t{i * TILE_ROWS} * d);
+                load(v, row_at(from, i * TILE_ROWS, d));
                 const float scale = rnorm[start + i * TILE_ROWS];
 #pragma unroll
                 for (int k = 0; k < N; ++k) {
@@ -79,7 +80,7 @@ __device__ __forceinline__ void column_spread(const T* z, const float* rnorm, fl
     }
     __syncthreads();
     double deviation = 0.0;
-    if (threadIdx.x < TILE_PACKS * N && int64_t{blockIdx.x} * TILE_PACKS * N + threadIdx.x < d) {
+    if (threadIdx.x < TILE_PACKS * N && blockIdx.x * TILE_PACKS * N + threadIdx.x < unsigned(d)) {
         double s = 0.0, q = 0.0;
         for (int warp = 0; warp < 256 / WARP; ++warp) {
             s += parts[warp][threadIdx.x][0];
@@ -94,17 +95,17 @@ __device__ __forceinline__ void column_spread(const T* z, const float* rnorm, fl
 }
 
 template <class T>
-__device__ __forceinline__ void column_spreads(const T* z, const float* rnorm, float* spread, int64_t rows, int d) {
+__device__ __forceinline__ void column_spreads(const T* z, const float* rnorm, float* spread, int rows, int d) {
     if (d % WIDTH<T> == 0) column_spread<T, WIDTH<T>>(z, rnorm, spread, rows, d);
     else column_spread<T, 1>(z, rnorm, spread, rows, d);
 }
 
-#define INSTANTIATE(T, S)                                                                                                         \
-    KERNEL(256) row_rnorms_##S(const T* z, float* rnorm, int64_t rows, int d) { row_rnorms(z, rnorm, rows, d); }                  \
-    EXPORT(row_rnorms_##S)                                                                                                        \
-    KERNEL(256)                                                                                                                   \
-    column_spreads_##S(const T* z, const float* rnorm, float* spread, int64_t rows, int d) {                                      \
-        column_spreads(z, rnorm, spread, rows, d);                                                                                \
-    }                                                                                                                             \
+#define INSTANTIATE(T, S)                                                                                              \
+    KERNEL(256) row_rnorms_##S(const T* z, float* rnorm, int rows, int d) { row_rnorms(z, rnorm, rows, d); }           \
+    EXPORT(row_rnorms_##S)                                                                                             \
+    KERNEL(256)                                                                                                        \
+    column_spreads_##S(const T* z, const float* rnorm, float* spread, int rows, int d) {                               \
+        column_spreads(z, rnorm, spread, rows, d);                                                                     \
+    }                                                                                                                  \
     EXPORT(column_spreads_##S)
 FOR_EACH_TYPE(INSTANTIATE)

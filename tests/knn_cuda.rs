@@ -1,4 +1,5 @@
-//! kNN by tiles of the bank, on the CPU and on the emulated CUDA device, against the classifier that sees the bank whole.
+//! kNN by tiles of the bank, on the CPU and on the emulated CUDA device, against the classifier that sees the bank
+//! whole.
 
 use simsiam_engine::backend::cpu::Tier;
 use simsiam_engine::eval::knn::{Knn, Labelled};

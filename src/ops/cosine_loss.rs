@@ -15,12 +15,13 @@ use crate::tensor::TensorDesc;
 
 /// Loss, gradient and z std from one pass over p and z.
 ///
-/// Inputs p `[m][d]`, z `[r][d]` with `m <= r` and `r >= 2`, and the scalar `d_loss`, the gradient that will arrive at the
-/// loss: 1, or the scale that keeps small gradients representable. Row i of p is paired with row `(i + z_shift) mod r` of z.
+/// Inputs p `[m][d]`, z `[r][d]` with `m <= r` and `r >= 2`, and the scalar `d_loss`, the gradient that will arrive at
+/// the loss: 1, or the scale that keeps small gradients representable. Row i of p is paired with row `(i + z_shift) mod
+/// r` of z.
 ///
-/// Outputs: the scalar loss, the mean of `-cos(p_i, z_pair)`; the scalar z std (see [`crate::ops::z_std::ZStd`]); and d_p,
-/// the gradient of the loss times `d_loss`. As `d_loss` is known beforehand, d_p needs no second pass, and is rounded to the
-/// element type of p once, after scaling.
+/// Outputs: the scalar loss, the mean of `-cos(p_i, z_pair)`; the scalar z std (see [`crate::ops::z_std::ZStd`]); and
+/// d_p, the gradient of the loss times `d_loss`. As `d_loss` is known beforehand, d_p needs no second pass, and is
+/// rounded to the element type of p once, after scaling.
 ///
 /// There is no gradient for z: it must be the output of a stop-gradient, or another constant.
 #[derive(Debug, Clone, Copy)]
@@ -108,7 +109,7 @@ pub(super) mod cuda {
     use crate::backend::cuda::{CudaIo, DevicePtr};
     use crate::error::Result;
     use crate::graph::Op as _;
-    use crate::ops::row_teams::{Mean, row_grid, row_length, take_means};
+    use crate::ops::row_teams::{Mean, count, row_grid, take_means};
     use crate::ops::similarity::paired;
     use crate::ops::z_std::cuda::spread;
 
@@ -116,7 +117,7 @@ pub(super) mod cuda {
         /// d_p, the loss of each row of p, and the reciprocal norm of each row of z
         fn cosine_loss[F32, Bf16, F16; 256](
             d_loss: DevicePtr, p: DevicePtr, z: DevicePtr, d_p: DevicePtr, rows: DevicePtr, rnorm: DevicePtr,
-            m: i64, r: i64, d: i32, shift: i64,
+            m: i32, r: i32, d: i32, shift: i32,
         );
     }
 
@@ -126,11 +127,11 @@ pub(super) mod cuda {
         let rows = io.workspace;
         let rnorm = rows.offset(m * size_of::<f32>());
         let spreads = rnorm.offset(r * size_of::<f32>());
-        let (length, shift) = (row_length(d)?, (op.z_shift % r) as i64);
+        let [m_count, r_count, length, shift] = [count(m)?, count(r)?, count(d)?, count(op.z_shift % r)?];
         let call =
-            cosine_loss(io.dtype(), d_loss.ptr, p.ptr, z.ptr, d_p.ptr, rows, rnorm, m as i64, r as i64, length, shift);
-        // SAFETY: `infer` checked that p is [m][d] and z [r][d] with m <= r, and made d_p like p; shift < r; the workspace
-        // holds m and r floats here.
+            cosine_loss(io.dtype(), d_loss.ptr, p.ptr, z.ptr, d_p.ptr, rows, rnorm, m_count, r_count, length, shift);
+        // SAFETY: `infer` checked that p is [m][d] and z [r][d] with m <= r, and made d_p like p; shift < r; the
+        // workspace holds m and r floats here.
         unsafe { io.launch(row_grid(r, d), call)? };
         // SAFETY: the first launch wrote r reciprocal norms; behind them is room for a float per tile of columns.
         let z_std = unsafe { spread(io, z, rnorm, spreads, z_std.ptr)? };

@@ -15,11 +15,11 @@ use crate::tensor::{DType, TensorDesc};
 /// Inputs logits `[m][classes]` and labels `[m]` (I64).
 ///
 /// Outputs: the scalar loss, the mean of `-log softmax(logits)[label]`; the number of rows whose label is first and the
-/// number whose label is among the first five by logit, `[2]` (I64; of equal logits the lower class ranks first); and, saved
-/// for the backward pass, each row's largest logit and the reciprocal sum of its exponentials, `[m][2]`.
+/// number whose label is among the first five by logit, `[2]` (I64; of equal logits the lower class ranks first); and,
+/// saved for the backward pass, each row's largest logit and the reciprocal sum of its exponentials, `[m][2]`.
 ///
-/// Labels are data, which `infer` cannot see: one outside `0..classes` makes the loss NaN, and its row of the gradient too,
-/// and counts as wrong.
+/// Labels are data, which `infer` cannot see: one outside `0..classes` makes the loss NaN, and its row of the gradient
+/// too, and counts as wrong.
 #[derive(Debug, Clone, Copy)]
 pub struct CrossEntropy;
 
@@ -160,20 +160,21 @@ pub(super) mod cuda {
     use crate::backend::cuda::kernel::kernels;
     use crate::backend::cuda::{CudaIo, DevicePtr, Grid};
     use crate::error::Result;
-    use crate::ops::row_teams::{row_grid, row_length};
+    use crate::ops::row_teams::{count, row_grid};
 
     kernels! { "cross_entropy";
         /// loss and rank of each row, and what the backward pass needs
         fn cross_entropy[F32, Bf16, F16; 256](
-            logits: DevicePtr, labels: DevicePtr, rows: DevicePtr, rank: DevicePtr, softmax: DevicePtr, m: i64, classes: i32,
+            logits: DevicePtr, labels: DevicePtr, rows: DevicePtr, rank: DevicePtr, softmax: DevicePtr,
+            m: i32, classes: i32,
         );
         /// d_logits
         fn cross_entropy_backward[F32, Bf16, F16; 256](
             d_loss: DevicePtr, logits: DevicePtr, labels: DevicePtr, softmax: DevicePtr, d_logits: DevicePtr,
-            m: i64, classes: i32, accumulate: u32,
+            m: i32, classes: i32, accumulate: u32,
         );
         /// the mean loss and how many ranks are below 1 and 5
-        fn cross_entropy_totals[; 256](rows: DevicePtr, rank: DevicePtr, loss: DevicePtr, correct: DevicePtr, m: i64);
+        fn cross_entropy_totals[; 256](rows: DevicePtr, rank: DevicePtr, loss: DevicePtr, correct: DevicePtr, m: i32);
     }
 
     pub fn forward(io: &CudaIo<'_>) -> Result<()> {
@@ -181,12 +182,13 @@ pub(super) mod cuda {
         let [logits, labels] = [0, 1].map(|i| io.inputs[i].ptr);
         let [loss, correct, softmax] = [0, 1, 2].map(|i| io.outputs[i].ptr);
         let (rows, rank) = (io.workspace, io.workspace.offset(m * size_of::<f32>()));
-        let length = row_length(classes)?;
-        let call = cross_entropy(io.dtype(), logits, labels, rows, rank, softmax, m as i64, length);
-        // SAFETY: `infer` checked that logits are [m][classes] and labels [m], and made the saved output [m][2] of float; the
-        // workspace holds m floats and m ranks; the kernel reads a logit by label only where the label is a class.
+        let length = count(classes)?;
+        let call = cross_entropy(io.dtype(), logits, labels, rows, rank, softmax, count(m)?, length);
+        // SAFETY: `infer` checked that logits are [m][classes] and labels [m], and made the saved output [m][2] of
+        // float; the workspace holds m floats and m ranks; the kernel reads a logit by label only where the label is a
+        // class.
         unsafe { io.launch(row_grid(m, classes), call)? };
-        let call = cross_entropy_totals(rows, rank, loss, correct, m as i64);
+        let call = cross_entropy_totals(rows, rank, loss, correct, count(m)?);
         // SAFETY: m losses and ranks were written by the launch before; `infer` made a scalar of float and two I64.
         unsafe { io.launch(Grid::new([1, 1, 1]), call) }
     }
@@ -194,12 +196,12 @@ pub(super) mod cuda {
     pub fn backward(io: &CudaIo<'_>) -> Result<()> {
         let [m, classes] = dims("cross_entropy_backward", io.inputs[1].desc, io.inputs[2].desc)?;
         let [d_loss, logits, labels, softmax] = [0, 1, 2, 3].map(|i| io.inputs[i].ptr);
-        let (out, dtype, length) = (&io.outputs[0], io.inputs[1].desc.dtype, row_length(classes)?);
+        let (out, dtype, length) = (&io.outputs[0], io.inputs[1].desc.dtype, count(classes)?);
         let accumulate = u32::from(out.accumulate);
         let call =
-            cross_entropy_backward(dtype, d_loss, logits, labels, softmax, out.ptr, m as i64, length, accumulate);
-        // SAFETY: `infer` checked that logits are [m][classes], labels [m] and the saved values [m][2], and made the output
-        // like the logits.
+            cross_entropy_backward(dtype, d_loss, logits, labels, softmax, out.ptr, count(m)?, length, accumulate);
+        // SAFETY: `infer` checked that logits are [m][classes], labels [m] and the saved values [m][2], and made the
+        // output like the logits.
         unsafe { io.launch(row_grid(m, classes), call) }
     }
 }

@@ -1,7 +1,7 @@
 //! Weighted kNN as ops: the nearest bank rows of each query while the bank passes by in tiles, and their vote.
 //!
-//! A classifier multiplies its queries with one tile of the bank after the other ([`crate::ops::linear::Linear`]) and merges
-//! each tile of products into what it has found; it never holds more than a tile.
+//! A classifier multiplies its queries with one tile of the bank after the other ([`crate::ops::linear::Linear`]) and
+//! merges each tile of products into what it has found; it never holds more than a tile.
 
 use rayon::prelude::*;
 
@@ -39,10 +39,11 @@ impl Neighbour {
     }
 }
 
-/// The class that most votes go to, the lowest of equal ones: each of the neighbours, given by cosine and class with the
-/// nearest first, votes with weight `exp((cosine - 1) / temperature)`.
+/// The class that most votes go to, the lowest of equal ones: each of the neighbours, given by cosine and class with
+/// the nearest first, votes with weight `exp((cosine - 1) / temperature)`.
 ///
-/// The votes are those of `exp(cosine / temperature)` up to a common factor, which keeps small temperatures from overflowing.
+/// The votes are those of `exp(cosine / temperature)` up to a common factor, which keeps small temperatures from
+/// overflowing.
 pub fn elect(neighbours: impl Iterator<Item = (f32, usize)>, temperature: f64, classes: usize) -> usize {
     let mut votes = vec![0.0; classes];
     for (cosine, class) in neighbours {
@@ -53,11 +54,11 @@ pub fn elect(neighbours: impl Iterator<Item = (f32, usize)>, temperature: f64, c
 
 /// Merges one tile of the bank into the nearest neighbours found so far.
 ///
-/// Inputs: products `[queries][tile]`, the queries' and the tile's reciprocal norms `[queries]` and `[tile]` (all F32), and
-/// the range of bank rows in the tile, start and end (I64 `[2]`); columns behind its end are ignored. The cosine is
-/// `product * query_scale * bank_scale`. Updates `[queries][k]` (I64, k at most [`MAX_NEIGHBOURS`]): the bits of the best
-/// [`Neighbour`]s, nearest first, 0 for none. A tile that starts at bank row 0 begins a new search. A bank has fewer than
-/// 2^32 - 1 rows.
+/// Inputs: products `[queries][tile]`, the queries' and the tile's reciprocal norms `[queries]` and `[tile]` (all F32),
+/// and the range of bank rows in the tile, start and end (I64 `[2]`); columns behind its end are ignored. The cosine is
+/// `product * query_scale * bank_scale`. Updates `[queries][k]` (I64, k at most [`MAX_NEIGHBOURS`]): the bits of the
+/// best [`Neighbour`]s, nearest first, 0 for none. A tile that starts at bank row 0 begins a new search. A bank has
+/// fewer than 2^32 - 1 rows.
 #[derive(Debug, Clone, Copy)]
 pub struct KnnMerge;
 
@@ -133,8 +134,9 @@ impl Op for KnnMerge {
 
 /// The vote of the nearest neighbours.
 ///
-/// Inputs: what [`KnnMerge`] found, `[queries][k]`, and the bank's labels `[bank]` (I64). Output `[queries]` (I64): the class
-/// as [`elect`] has it, or -1 where a neighbour is missing, lies outside the bank or has a label outside `0..classes`.
+/// Inputs: what [`KnnMerge`] found, `[queries][k]`, and the bank's labels `[bank]` (I64). Output `[queries]` (I64): the
+/// class as [`elect`] has it, or -1 where a neighbour is missing, lies outside the bank or has a label outside
+/// `0..classes`.
 #[derive(Debug, Clone, Copy)]
 pub struct KnnVote {
     /// How fast a vote's weight falls with distance.
@@ -192,7 +194,7 @@ pub(super) mod cuda {
     use crate::backend::cuda::kernel::kernels;
     use crate::backend::cuda::{CudaIo, DevicePtr, Grid};
     use crate::error::Result;
-    use crate::ops::row_teams::row_length;
+    use crate::ops::row_teams::count;
 
     kernels! { "knn";
         /// merges a tile into best
@@ -210,10 +212,10 @@ pub(super) mod cuda {
     pub fn merge(io: &CudaIo<'_>) -> Result<()> {
         let [queries, tile, k] = merge_dims(io.inputs[0].desc, io.updates[0].desc)?;
         let [products, query_scale, bank_scale, range] = [0, 1, 2, 3].map(|i| io.inputs[i].ptr);
-        let (best, length) = (io.updates[0].ptr, row_length(tile)?);
+        let (best, length) = (io.updates[0].ptr, count(tile)?);
         let call = knn_merge(products, query_scale, bank_scale, range, best, queries as i64, length, k as i32);
-        // SAFETY: `infer` checked that products are [queries][tile] and the scales [queries] and [tile], and `merge_dims` that
-        // best is [queries][k] with 1 <= k <= 256.
+        // SAFETY: `infer` checked that products are [queries][tile] and the scales [queries] and [tile], and
+        // `merge_dims` that best is [queries][k] with 1 <= k <= 256.
         unsafe { io.launch(Grid::stride(queries, 1), call) }
     }
 
@@ -222,8 +224,8 @@ pub(super) mod cuda {
         let [queries, k] = best_dims("knn_vote", best.desc)?;
         let (bank, classes) = (labels.desc.shape.len() as i64, op.classes as i64);
         let call = knn_vote(best.ptr, labels.ptr, predictions, queries as i64, bank, classes, k as i32, op.temperature);
-        // SAFETY: `infer` checked that best is [queries][k] with 1 <= k <= 256 and made predictions [queries]; the kernel reads
-        // a label only of a row below `bank`.
+        // SAFETY: `infer` checked that best is [queries][k] with 1 <= k <= 256 and made predictions [queries]; the
+        // kernel reads a label only of a row below `bank`.
         unsafe { io.launch(Grid::stride(queries, 1), call) }
     }
 }

@@ -5,7 +5,8 @@ use crate::backend::cuda::kernel::kernels;
 use crate::backend::cuda::{CudaIo, DevicePtr, Grid};
 use crate::error::{Error, Result};
 
-/// Up to this length a warp works on a row; beyond it a block. `for_row_length` in `kernels/row_teams.cuh` draws the same line.
+/// Up to this length a warp works on a row; beyond it a block. `for_row_length` in `kernels/row_teams.cuh` draws the
+/// same line.
 const SHORT_ROW: usize = 1024;
 const WARPS_IN_BLOCK: usize = 8;
 /// Enough for every device; the kernels stride over what is left.
@@ -17,10 +18,13 @@ pub(super) fn row_grid(rows: usize, d: usize) -> Grid {
     Grid::new([blocks.clamp(1, MAX_BLOCKS) as u32, 1, 1])
 }
 
-/// The length of a row as the kernels count it.
-pub(super) fn row_length(d: usize) -> Result<i32> {
-    let what = || format!("rows of {d} elements on CUDA");
-    i32::try_from(d).map_err(|_| Error::Unsupported { what: what(), hint: Some("at most 2^31 - 1".into()) })
+/// A number of rows or columns as the kernels count them: with room for a loop's step past the last one.
+pub(super) fn count(n: usize) -> Result<i32> {
+    const MOST: i32 = 1 << 30;
+    i32::try_from(n).ok().filter(|&n| n <= MOST).ok_or_else(|| Error::Unsupported {
+        what: format!("a matrix with {n} rows or columns on CUDA"),
+        hint: Some(format!("at most {MOST}")),
+    })
 }
 
 kernels! { "mean";

@@ -224,31 +224,31 @@ pub(super) mod cuda {
     use crate::backend::cuda::{CudaIo, DevicePtr};
     use crate::error::Result;
     use crate::graph::Op as _;
-    use crate::ops::row_teams::{Mean, row_grid, row_length, take_means};
+    use crate::ops::row_teams::{Mean, count, row_grid, take_means};
 
     kernels! { "similarity";
         /// the negative cosine of each row of p
         fn negative_cosine[F32, Bf16, F16; 256](
-            p: DevicePtr, z: DevicePtr, rows: DevicePtr, m: i64, r: i64, d: i32, shift: i64,
+            p: DevicePtr, z: DevicePtr, rows: DevicePtr, m: i32, r: i32, d: i32, shift: i32,
         );
         /// its gradient for a, which is p or z; b is the other
         fn negative_cosine_backward[F32, Bf16, F16; 256](
             d_loss: DevicePtr, a: DevicePtr, b: DevicePtr, d_a: DevicePtr,
-            m: i64, a_rows: i64, b_rows: i64, r: i64, d: i32, shift: i64, accumulate: u32,
+            m: i32, a_rows: i32, b_rows: i32, r: i32, d: i32, shift: i32, accumulate: u32,
         );
         /// the cross-entropy of each row of p
         fn softmax_xent[F32, Bf16, F16; 256](
-            p: DevicePtr, z: DevicePtr, rows: DevicePtr, m: i64, r: i64, d: i32, shift: i64,
+            p: DevicePtr, z: DevicePtr, rows: DevicePtr, m: i32, r: i32, d: i32, shift: i32,
         );
         /// its gradient for p
         fn softmax_xent_backward_p[F32, Bf16, F16; 256](
             d_loss: DevicePtr, p: DevicePtr, z: DevicePtr, d_p: DevicePtr,
-            m: i64, r: i64, d: i32, shift: i64, accumulate: u32,
+            m: i32, r: i32, d: i32, shift: i32, accumulate: u32,
         );
         /// its gradient for z
         fn softmax_xent_backward_z[F32, Bf16, F16; 256](
             d_loss: DevicePtr, p: DevicePtr, z: DevicePtr, d_z: DevicePtr,
-            m: i64, r: i64, d: i32, shift: i64, accumulate: u32,
+            m: i32, r: i32, d: i32, shift: i32, accumulate: u32,
         );
     }
 
@@ -259,7 +259,7 @@ pub(super) mod cuda {
             Kind::SoftmaxXent => softmax_xent,
         };
         let ([p, z], rows) = ([io.inputs[0].ptr, io.inputs[1].ptr], io.workspace);
-        let call = kernel(io.dtype(), p, z, rows, m as i64, r as i64, row_length(d)?, (op.z_shift % r) as i64);
+        let call = kernel(io.dtype(), p, z, rows, count(m)?, count(r)?, count(d)?, count(op.z_shift % r)?);
         // SAFETY: `infer` checked that p is [m][d] and z [r][d] with m <= r; shift < r; the workspace holds m floats.
         unsafe { io.launch(row_grid(m, d), call)? };
         // SAFETY: the launch before wrote m floats, and the output is a scalar of float.
@@ -269,10 +269,10 @@ pub(super) mod cuda {
     pub(in crate::ops::similarity) fn backward(op: SimilarityBackward, io: &CudaIo<'_>) -> Result<()> {
         let (d_loss, [p, z], out) = (io.inputs[0].ptr, [io.inputs[1], io.inputs[2]], io.outputs[0]);
         let [m, r, d] = paired(op.name(), p.desc, z.desc)?;
-        let (dtype, accumulate, length) = (p.desc.dtype, u32::from(out.accumulate), row_length(d)?);
+        let (dtype, accumulate, length) = (p.desc.dtype, u32::from(out.accumulate), count(d)?);
         let (p, z, d_out, shift) = (p.ptr, z.ptr, out.ptr, op.forward.z_shift % r);
-        let (rows, back, shift) = (if op.wrt == Side::P { m } else { r }, (r - shift) as i64, shift as i64);
-        let (m, r) = (m as i64, r as i64);
+        let (rows, back, shift) = (if op.wrt == Side::P { m } else { r }, count(r - shift)?, count(shift)?);
+        let (m, r) = (count(m)?, count(r)?);
         let call = match (op.forward.kind, op.wrt) {
             (Kind::Cosine, Side::P) => {
                 negative_cosine_backward(dtype, d_loss, p, z, d_out, m, m, r, r, length, shift, accumulate)

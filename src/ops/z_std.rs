@@ -77,14 +77,14 @@ pub(super) mod cuda {
     use crate::backend::cuda::kernel::kernels;
     use crate::backend::cuda::{CudaIo, DevicePtr, DeviceTensor, Grid};
     use crate::error::Result;
-    use crate::ops::row_teams::{Mean, row_grid, row_length, take_means};
+    use crate::ops::row_teams::{Mean, count, row_grid, take_means};
     use crate::tensor::TensorDesc;
 
     kernels! { "z_std";
         /// 1 / max(|z|, 1e-12) of each row
-        fn row_rnorms[F32, Bf16, F16; 256](z: DevicePtr, rnorm: DevicePtr, rows: i64, d: i32);
+        fn row_rnorms[F32, Bf16, F16; 256](z: DevicePtr, rnorm: DevicePtr, rows: i32, d: i32);
         /// the sum of the standard deviations of each tile of columns
-        fn column_spreads[F32, Bf16, F16; 256](z: DevicePtr, rnorm: DevicePtr, spread: DevicePtr, rows: i64, d: i32);
+        fn column_spreads[F32, Bf16, F16; 256](z: DevicePtr, rnorm: DevicePtr, spread: DevicePtr, rows: i32, d: i32);
     }
 
     /// Packs of columns in a tile, `TILE_PACKS` in the kernel.
@@ -98,9 +98,8 @@ pub(super) mod cuda {
 
     /// Starts the computation of z std from the rows' reciprocal norms; it ends with the mean that is returned.
     ///
-    /// # Safety
-    /// `rnorm` holds a float for each row of the matrix z, `spreads` has room for one for each of its `column_tiles`, and `to`
-    /// for one.
+    /// # Safety `rnorm` holds a float for each row of the matrix z, `spreads` has room for one for each of its
+    /// `column_tiles`, and `to` for one.
     pub unsafe fn spread(
         io: &CudaIo<'_>,
         z: DeviceTensor<'_>,
@@ -110,7 +109,7 @@ pub(super) mod cuda {
     ) -> Result<Mean> {
         let [rows, d] = z.desc.shape.expect("z_std", "z")?;
         let tiles = column_tiles(z.desc);
-        let call = column_spreads(z.desc.dtype, z.ptr, rnorm, spreads, rows as i64, row_length(d)?);
+        let call = column_spreads(z.desc.dtype, z.ptr, rnorm, spreads, count(rows)?, count(d)?);
         // SAFETY: z is [rows][d] as just read; the rest is the caller's promise.
         unsafe { io.launch(Grid::new([tiles as u32, 1, 1]), call)? };
         Ok(Mean { of: spreads, n: tiles, per: d, to })
@@ -120,7 +119,7 @@ pub(super) mod cuda {
         let z = io.inputs[0];
         let [rows, d] = z.desc.shape.expect("z_std", "z")?;
         let rnorm = io.workspace;
-        let call = row_rnorms(z.desc.dtype, z.ptr, rnorm, rows as i64, row_length(d)?);
+        let call = row_rnorms(z.desc.dtype, z.ptr, rnorm, count(rows)?, count(d)?);
         // SAFETY: `infer` checked that z is [rows][d]; the workspace begins with a float for each row.
         unsafe { io.launch(row_grid(rows, d), call)? };
         // SAFETY: the launch before wrote `rows` floats, behind which the workspace has room for one for each tile.
