@@ -118,7 +118,9 @@ void Block::reset(uint64_t shuffle) {
     std::iota(warp_order_.begin(), warp_order_.end(), 0);
     first_lane_ = 0;
     if (shuffle == 0) return;
-    for (size_t i = warp_order_.size(); i > 1; --i) std::swap(warp_order_[i - 1], warp_order_[next_random(shuffle) % i]);
+    for (size_t i = warp_order_.size(); i > 1; --i) {
+        std::swap(warp_order_[i - 1], warp_order_[next_random(shuffle) % i]);
+    }
     first_lane_ = next_random(shuffle) % LANES;
 }
 
@@ -209,8 +211,8 @@ unsigned Block::barrier(BlockThread& thread, Site site, bool predicate) {
     return votes_[round];
 }
 
-const uint64_t* Block::meet(BlockThread& thread, const char* operation, unsigned mask, uint64_t value, bool orders_memory,
-                            Site site) {
+const uint64_t* Block::meet(BlockThread& thread, const char* operation, unsigned mask, uint64_t value,
+                            bool orders_memory, Site site) {
     Warp& warp = *thread.warp;
     const unsigned me = bit(thread.lane);
     if ((mask & me) == 0) fail(thread, site, format("%s: the calling lane is not in its mask %08x", operation, mask));

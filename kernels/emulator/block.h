@@ -51,8 +51,9 @@ class Block {
     // What all blocks of a launch have in common; they run on the calling thread of the operating system.
     void prepare(const Launch& launch);
 
-    // Runs one block to its end, its warps and lanes in an order that `shuffle` decides (0: the natural one). Returns false
-    // after a fault; then the block is abandoned where it stands: kernels own nothing that would have to be released.
+    // Runs one block to its end, its warps and lanes in an order that `shuffle` decides (0: the natural one). Returns
+    // false after a fault; then the block is abandoned where it stands: kernels own nothing that would have to be
+    // released.
     bool run(uint3 index, uint64_t shuffle);
 
     // What went wrong, where.
@@ -60,7 +61,8 @@ class Block {
 
     // The waits of the runtime's interface, for a thread of this block.
     unsigned barrier(BlockThread& thread, Site site, bool predicate);
-    const uint64_t* meet(BlockThread& thread, const char* operation, unsigned mask, uint64_t value, bool orders_memory, Site site);
+    const uint64_t* meet(BlockThread& thread, const char* operation, unsigned mask, uint64_t value,
+                         bool orders_memory, Site site);
     unsigned char* dynamic_shared();
     [[noreturn]] void fail(BlockThread& thread, Site site, const std::string& what);
 

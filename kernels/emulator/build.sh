@@ -13,14 +13,25 @@ compiler=${CXX:-}
 for candidate in c++ g++ clang++; do
     [ -n "$compiler" ] || ! command -v "$candidate" >/dev/null || compiler=$candidate
 done
-[ -n "$compiler" ] || { echo "the CUDA emulator needs a C++17 compiler: found no c++, g++ or clang++; CXX=PATH names one" >&2; exit 1; }
+if [ -z "$compiler" ]; then
+    echo "the CUDA emulator needs a C++17 compiler: found no c++, g++ or clang++; CXX=PATH names one" >&2
+    exit 1
+fi
 
 # The emulator itself is never instrumented: it tells the sanitizers what they must know.
-common="-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -pthread -Wall -Wextra -Wno-unknown-pragmas -DSIMSIAM_EMULATOR"
+common="-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -pthread"
+common="$common -Wall -Wextra -Wno-unknown-pragmas -DSIMSIAM_EMULATOR"
+watched="-O1 -g -fno-omit-frame-pointer"
 instrumented=
 case ${1:-} in
-    address) common="$common -O1 -g -fno-omit-frame-pointer -DSIMSIAM_SANITIZE_ADDRESS" instrumented='-fsanitize=address,undefined -fno-sanitize-recover=undefined' ;;
-    thread) common="$common -O1 -g -fno-omit-frame-pointer -DSIMSIAM_SANITIZE_THREAD" instrumented=-fsanitize=thread ;;
+    address)
+        common="$common $watched -DSIMSIAM_SANITIZE_ADDRESS"
+        instrumented="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+        ;;
+    thread)
+        common="$common $watched -DSIMSIAM_SANITIZE_THREAD"
+        instrumented=-fsanitize=thread
+        ;;
     *) common="$common -O2" ;;
 esac
 [ -z "$instrumented" ] || shift

@@ -20,8 +20,8 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 
-// A block stays on one thread of the operating system, so what is local to that thread is shared by the block. The address
-// sanitizer guards plain globals only; its build runs one block at a time.
+// A block stays on one thread of the operating system, so what is local to that thread is shared by the block. The
+// address sanitizer guards plain globals only; its build runs one block at a time.
 #ifdef SIMSIAM_SANITIZE_ADDRESS
 #define __shared__ static
 #else
@@ -30,8 +30,8 @@
 #define DYNAMIC_SHARED(T, name) T* const name = reinterpret_cast<T*>(emulator::dynamic_shared())
 
 // The constructors of a file run in order: EXPORT registers the kernel with the bound that KERNEL has left before it.
-#define KERNEL(threads)                                                                \
-    static const emulator::Bound EMULATOR_UNIQUE(bound_, __COUNTER__){threads};        \
+#define KERNEL(threads)                                                         \
+    static const emulator::Bound EMULATOR_UNIQUE(bound_, __COUNTER__){threads}; \
     extern "C" __global__ void
 #define KERNEL_RESIDENT(threads, blocks) KERNEL(threads)
 #define EXPORT(name) static const emulator::Registration<&name> registration_##name{#name};

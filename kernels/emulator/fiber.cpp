@@ -47,7 +47,8 @@ void Fiber::adopt_caller() {
 
 void Fiber::begin(char* bottom, char* top, void (*entry)()) {
 #if defined(__x86_64__)
-    // As if `entry` were to be returned to: its address, above it the end of all frames, below it registers of no meaning.
+    // As if `entry` were to be returned to: its address, above it the end of all frames, below it registers of no
+    // meaning.
     void** frame = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(top) & ~uintptr_t{15}) - 2;
     frame[0] = reinterpret_cast<void*>(entry);
     frame[1] = nullptr;
@@ -96,11 +97,13 @@ void Fiber::arrived() {
 
 // Reserved in one piece; the system gives memory to what is touched.
 Stacks::Stacks(size_t count) : count_(count) {
-    void* mapping = mmap(nullptr, (count + 1) * STACK_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    constexpr int FLAGS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* mapping = mmap(nullptr, (count + 1) * STACK_BYTES, PROT_NONE, FLAGS, -1, 0);
     if (mapping == MAP_FAILED) throw std::bad_alloc();
     mapping_ = static_cast<char*>(mapping);
     for (size_t i = 0; i < count; ++i) {
-        if (mprotect(place(i) + GUARD_BYTES, STACK_BYTES - GUARD_BYTES, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
+        char* stack = place(i) + GUARD_BYTES;
+        if (mprotect(stack, STACK_BYTES - GUARD_BYTES, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
     }
 }
 

@@ -14,8 +14,8 @@ class Fiber {
     // Makes this the flow of control that calls.
     void adopt_caller();
 
-    // Makes this a fresh flow that begins in `entry` when it is switched to. `entry` never returns. The stack ends below
-    // `top`.
+    // Makes this a fresh flow that begins in `entry` when it is switched to. `entry` never returns. The stack ends
+    // below `top`.
     void begin(char* bottom, char* top, void (*entry)());
 
     // Runs `next` until something switches back here.

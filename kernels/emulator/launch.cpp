@@ -51,24 +51,24 @@ std::string refusal(const Launch& launch) {
         }
     }
     if (launch.shared_bytes > MAX_SHARED_BYTES) {
-        return "launched with " + std::to_string(launch.shared_bytes) + " bytes of dynamic shared memory, expected at most " +
-               std::to_string(MAX_SHARED_BYTES);
+        return "launched with " + std::to_string(launch.shared_bytes) + " bytes of dynamic shared memory, " +
+               "expected at most " + std::to_string(MAX_SHARED_BYTES);
     }
     return "";
 }
 
-// Everything on the device happens in one order, also if the host's threads take turns in a way that the thread sanitizer
-// does not see.
+// Everything on the device happens in one order, also if the host's threads take turns in a way that the thread
+// sanitizer does not see.
 std::mutex device;
 std::vector<std::unique_ptr<Block>> workers; // by thread of the operating system, with stacks that outlive launches
 
-// The blocks of one launch, dealt out to the workers in turn: each gets its share even if it is slow to start, so that the
-// thread sanitizer sees blocks on different threads.
+// The blocks of one launch, dealt out to the workers in turn: each gets its share even if it is slow to start, so that
+// the thread sanitizer sees blocks on different threads.
 class Grid {
   public:
     Grid(const Launch& launch, uint32_t workers)
-        : launch_(launch), blocks_(uint64_t{launch.grid[0]} * launch.grid[1] * launch.grid[2]), order_(blocks_, launch.seed),
-          workers_(static_cast<uint32_t>(std::min<uint64_t>(workers, blocks_))) {}
+        : launch_(launch), blocks_(uint64_t{launch.grid[0]} * launch.grid[1] * launch.grid[2]),
+          order_(blocks_, launch.seed), workers_(static_cast<uint32_t>(std::min<uint64_t>(workers, blocks_))) {}
 
     // Returns the first fault, or nothing.
     std::string run() {
@@ -96,7 +96,8 @@ class Grid {
 
     uint3 place(uint64_t block) const {
         const uint64_t x = launch_.grid[0], y = launch_.grid[1];
-        return {static_cast<unsigned>(block % x), static_cast<unsigned>(block / x % y), static_cast<unsigned>(block / (x * y))};
+        const auto index = [](uint64_t along_axis) { return static_cast<unsigned>(along_axis); };
+        return {index(block % x), index(block / x % y), index(block / (x * y))};
     }
 
     const Launch& launch_;
@@ -110,7 +111,8 @@ class Grid {
 
 void register_bound(uint32_t threads) { last_bound = threads; }
 
-void register_kernel(const char* name, uint32_t parameters, const uint64_t* parameter_bytes, void (*run)(void* const*)) {
+void register_kernel(const char* name, uint32_t parameters, const uint64_t* parameter_bytes,
+                     void (*run)(void* const*)) {
     kernels().push_back({name, std::exchange(last_bound, 0), parameters, parameter_bytes, run});
 }
 

@@ -35,7 +35,7 @@ EMULATOR_API void simsiam_emulator_free(void* memory);
 // Between host and device, in order with the launches. It may touch guarded memory.
 EMULATOR_API void simsiam_emulator_copy(void* to, const void* from, size_t bytes);
 
-// Makes the address sanitizer report every kernel that touches these bytes, or lets them be used again. It works on whole
-// multiples of 8 bytes.
+// Makes the address sanitizer report every kernel that touches these bytes, or lets them be used again. It works on
+// whole multiples of 8 bytes.
 EMULATOR_API void simsiam_emulator_guard(const void* from, size_t bytes);
 EMULATOR_API void simsiam_emulator_unguard(const void* from, size_t bytes);

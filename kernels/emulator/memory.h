@@ -20,17 +20,21 @@ template <class T, class F> T atomic_change(T* at, F change) {
 
 } // namespace emulator
 
-#define EMULATOR_ATOMICS(T)                                                                                          \
-    inline T atomicAdd(T* at, T value) { return emulator::atomic_change(at, [=](T old) -> T { return old + value; }); } \
-    inline T atomicExch(T* at, T value) { return emulator::atomic_change(at, [=](T) { return value; }); }
-#define EMULATOR_INTEGER_ATOMICS(T)                                                                                  \
-    EMULATOR_ATOMICS(T)                                                                                              \
-    inline T atomicMin(T* at, T value) { return emulator::atomic_change(at, [=](T old) { return old < value ? old : value; }); } \
-    inline T atomicMax(T* at, T value) { return emulator::atomic_change(at, [=](T old) { return old < value ? value : old; }); } \
-    inline T atomicOr(T* at, T value) { return emulator::atomic_change(at, [=](T old) { return old | value; }); }    \
-    inline T atomicAnd(T* at, T value) { return emulator::atomic_change(at, [=](T old) { return old & value; }); }   \
-    inline T atomicCAS(T* at, T expected, T value) {                                                                 \
-        return emulator::atomic_change(at, [=](T old) { return old == expected ? value : old; });                    \
+#define EMULATOR_ATOMIC(T, name, expression)                                        \
+    inline T name(T* at, T value) {                                                 \
+        return emulator::atomic_change(at, [=](T old) -> T { return expression; }); \
+    }
+#define EMULATOR_ATOMICS(T)                    \
+    EMULATOR_ATOMIC(T, atomicAdd, old + value) \
+    EMULATOR_ATOMIC(T, atomicExch, ((void)old, value))
+#define EMULATOR_INTEGER_ATOMICS(T)                                                               \
+    EMULATOR_ATOMICS(T)                                                                           \
+    EMULATOR_ATOMIC(T, atomicMin, old < value ? old : value)                                      \
+    EMULATOR_ATOMIC(T, atomicMax, old < value ? value : old)                                      \
+    EMULATOR_ATOMIC(T, atomicOr, old | value)                                                     \
+    EMULATOR_ATOMIC(T, atomicAnd, old & value)                                                    \
+    inline T atomicCAS(T* at, T expected, T value) {                                              \
+        return emulator::atomic_change(at, [=](T old) { return old == expected ? value : old; }); \
     }
 EMULATOR_INTEGER_ATOMICS(int)
 EMULATOR_INTEGER_ATOMICS(unsigned)
@@ -39,3 +43,4 @@ EMULATOR_ATOMICS(float)
 EMULATOR_ATOMICS(double)
 #undef EMULATOR_INTEGER_ATOMICS
 #undef EMULATOR_ATOMICS
+#undef EMULATOR_ATOMIC

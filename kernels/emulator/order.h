@@ -15,8 +15,8 @@ inline uint64_t next_random(uint64_t& state) {
     return x ^ x >> 31;
 }
 
-// A permutation of 0..n that takes no memory: i -> i * factor + offset modulo n, with a factor that has no divisor in common
-// with n.
+// A permutation of 0..n that takes no memory: i -> i * factor + offset modulo n, with a factor that has no divisor in
+// common with n.
 class Permutation {
   public:
     Permutation(uint64_t n, uint64_t seed) : n_(n) {

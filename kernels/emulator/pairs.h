@@ -16,7 +16,8 @@ inline float value_of(__nv_bfloat16 value) { return __bfloat162float(value); }
 inline float value_of(__half value) { return __half2float(value); }
 
 template <class Pair> unsigned equal_mask(Pair a, Pair b) {
-    const unsigned low = value_of(a.x) == value_of(b.x) ? 0xffff : 0, high = value_of(a.y) == value_of(b.y) ? 0xffff : 0;
+    const unsigned low = value_of(a.x) == value_of(b.x) ? 0xffff : 0;
+    const unsigned high = value_of(a.y) == value_of(b.y) ? 0xffff : 0;
     return high << 16 | low;
 }
 
@@ -36,4 +37,6 @@ inline unsigned __heq2_mask(__half2 a, __half2 b) { return emulator::equal_mask(
 inline __nv_bfloat162 __hmax2_nan(__nv_bfloat162 a, __nv_bfloat162 b) {
     return {emulator::max_or_nan(a.x, b.x), emulator::max_or_nan(a.y, b.y)};
 }
-inline __half2 __hmax2_nan(__half2 a, __half2 b) { return {emulator::max_or_nan(a.x, b.x), emulator::max_or_nan(a.y, b.y)}; }
+inline __half2 __hmax2_nan(__half2 a, __half2 b) {
+    return {emulator::max_or_nan(a.x, b.x), emulator::max_or_nan(a.y, b.y)};
+}

@@ -1,13 +1,13 @@
-// What tests/emulator.rs runs, and gives to build.sh for it; not part of the library. First kernels without a fault, then each
-// fault that the emulator must catch.
+// What tests/emulator.rs runs, and gives to build.sh for it; not part of the library. First kernels without a fault,
+// then each fault that the emulator must catch.
 #include "common.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Without a fault.
 
-// out[i] = sum of the block's elements + the element of the neighbouring thread's mirror image + how many are positive: by
-// shared memory static and dynamic, barriers, and shuffles of some lanes while the others wait elsewhere. 256 bytes of dynamic
-// shared memory; `in` and `out` have 64 elements for each block.
+// out[i] = sum of the block's elements + the element of the neighbouring thread's mirror image + how many are positive:
+// by shared memory static and dynamic, barriers, and shuffles of some lanes while the others wait elsewhere. 256 bytes
+// of dynamic shared memory; `in` and `out` have 64 elements for each block.
 KERNEL(64) correct(const float* in, float* out) {
     __shared__ float scratch[64 / WARP];
     DYNAMIC_SHARED(float, copy);

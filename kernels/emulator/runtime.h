@@ -12,7 +12,9 @@ namespace emulator {
 struct Site {
     const char* file = "";
     int line = 0;
-    static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+    static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+        return {file, line};
+    }
 };
 
 // Where a block stands in its grid.

@@ -1,5 +1,5 @@
-// What GCC's and Clang's sanitizers are told about fibers, the order of memory, and memory that nobody may touch. All of it is
-// nothing in an ordinary build.
+// What GCC's and Clang's sanitizers are told about fibers, the order of memory, and memory that nobody may touch. All
+// of it is nothing in an ordinary build.
 #pragma once
 
 #include <stddef.h>

@@ -14,14 +14,14 @@ struct dim3 {
 };
 
 // Vectors of two and four are aligned to their size, up to the 16 bytes of the widest access.
-#define EMULATOR_VECTORS(T, name)                                                        \
-    struct alignas(2 * sizeof(T)) name##2 {                                              \
-        T x, y;                                                                          \
-    };                                                                                   \
-    struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) name##4 {                    \
-        T x, y, z, w;                                                                    \
-    };                                                                                   \
-    inline name##2 make_##name##2(T x, T y) { return {x, y}; }                           \
+#define EMULATOR_VECTORS(T, name)                                     \
+    struct alignas(2 * sizeof(T)) name##2 {                           \
+        T x, y;                                                       \
+    };                                                                \
+    struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) name##4 { \
+        T x, y, z, w;                                                 \
+    };                                                                \
+    inline name##2 make_##name##2(T x, T y) { return {x, y}; }        \
     inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 EMULATOR_VECTORS(float, float)
 EMULATOR_VECTORS(double, double)
@@ -86,7 +86,8 @@ inline __half __float2half_rn(float value) {
 inline __half __float2half(float value) { return __float2half_rn(value); }
 
 inline float __half2float(__half value) {
-    const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16, exponent = value.bits >> 10 & 31, fraction = value.bits & 0x3ff;
+    const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
+    const uint32_t exponent = value.bits >> 10 & 31, fraction = value.bits & 0x3ff;
     if (exponent == 31) return emulator::float_of(sign | emulator::INFINITE | fraction << 13);
     if (exponent == 0) return (sign ? -0x1p-24f : 0x1p-24f) * static_cast<float>(fraction);
     return emulator::float_of(sign | ((exponent << 23) + emulator::HALF_BIAS) | fraction << 13);

@@ -1,5 +1,5 @@
-// Shuffles, votes and reductions of a warp. All of them rest on `exchange`, in which every lane of a mask gives a value and
-// gets those of all others.
+// Shuffles, votes and reductions of a warp. All of them rest on `exchange`, in which every lane of a mask gives a value
+// and gets those of all others.
 #pragma once
 
 #include <stdint.h>
@@ -30,7 +30,9 @@ template <class T> T value_in(uint64_t word) {
 // The value that lane `source` gives.
 template <class T> T shuffle(const char* operation, unsigned mask, T value, unsigned source, Site site) {
     const uint64_t* words = exchange(operation, mask, word_of(value), site);
-    if ((mask >> source & 1) == 0) fail(site, "%s reads lane %u, which is not in the mask %08x", operation, source, mask);
+    if ((mask >> source & 1) == 0) {
+        fail(site, "%s reads lane %u, which is not in the mask %08x", operation, source, mask);
+    }
     return value_in<T>(words[source]);
 }
 
@@ -68,7 +70,8 @@ inline T __shfl_sync(unsigned mask, T value, int source, int width = 32, emulato
 }
 
 template <class T>
-inline T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, emulator::Site site = emulator::Site::here()) {
+inline T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32,
+                         emulator::Site site = emulator::Site::here()) {
     const unsigned lane = emulator::current_thread().lane, source = (lane ^ static_cast<unsigned>(bits)) & 31;
     // Segments before the own one may be read, those after it not.
     const bool allowed = emulator::segment(source, width) <= emulator::segment(lane, width);
@@ -78,7 +81,8 @@ inline T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, emula
 template <class T>
 inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
                           emulator::Site site = emulator::Site::here()) {
-    const unsigned lane = emulator::current_thread().lane, end = emulator::segment(lane, width) + static_cast<unsigned>(width);
+    const unsigned lane = emulator::current_thread().lane;
+    const unsigned end = emulator::segment(lane, width) + static_cast<unsigned>(width);
     return emulator::shuffle("__shfl_down_sync", mask, value, delta < end - lane ? lane + delta : lane, site);
 }
 
@@ -99,9 +103,9 @@ inline int __all_sync(unsigned mask, int predicate, emulator::Site site = emulat
     return emulator::vote("__all_sync", mask, predicate == 0, site) == 0;
 }
 
-#define EMULATOR_REDUCTION(T, name, expression)                                                                \
-    inline T name(unsigned mask, T value, emulator::Site site = emulator::Site::here()) {                      \
-        return emulator::reduce(#name, mask, value, site, [](T a, T b) -> T { return expression; });           \
+#define EMULATOR_REDUCTION(T, name, expression)                                                      \
+    inline T name(unsigned mask, T value, emulator::Site site = emulator::Site::here()) {            \
+        return emulator::reduce(#name, mask, value, site, [](T a, T b) -> T { return expression; }); \
     }
 EMULATOR_REDUCTION(unsigned, __reduce_add_sync, a + b)
 EMULATOR_REDUCTION(unsigned, __reduce_min_sync, a < b ? a : b)
