@@ -46,9 +46,10 @@ fn run() -> Result<()> {
             println!("cargo::rustc-env=SIMSIAM_NVCC={}.{}", nvcc.release.0, nvcc.release.1);
             for module in compile_kernels(&nvcc, &root.join("kernels"), &out)? {
                 let Module { name, fatbin, archs } = module;
-                let log = format!("include_str!({:?})", log_path(&fatbin));
+                let (log, signatures) = (log_path(&fatbin), signatures_path(&fatbin));
                 let bytes = format!("&Aligned(*include_bytes!({fatbin:?})).0");
-                table += &format!("    Module {{ name: {name:?}, fatbin: {bytes}, archs: &{archs:?}, log: {log} }},\n");
+                let texts = format!("log: include_str!({log:?}), signatures: include_str!({signatures:?})");
+                table += &format!("    Module {{ name: {name:?}, fatbin: {bytes}, archs: &{archs:?}, {texts} }},\n");
             }
         }
         None if required => return Err(format!("nvcc not found and SIMSIAM_REQUIRE_NVCC=1: {HOW_TO_GET_NVCC}")),
@@ -118,6 +119,18 @@ impl Nvcc {
         let release = (major.parse().ok()?, minor.parse().ok()?);
         Some(Nvcc { path, release, version })
     }
+
+    /// Compiles `source` to `to`; returns what the compiler said.
+    fn run(&self, flags: &[String], source: &Path, to: &Path) -> Result<String> {
+        let output = Command::new(&self.path).args(LANGUAGE_FLAGS).args(flags).arg("-o").arg(to).arg(source).output();
+        let output = output.map_err(|e| format!("cannot run {}: {e}", self.path.display()))?;
+        if output.status.success() {
+            return Ok(String::from_utf8_lossy(&output.stderr).into_owned());
+        }
+        let said = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
+        let failed = format!("{} cannot compile {}", self.path.display(), source.display());
+        Err(format!("{failed}; {WITHOUT_CUDA}\n{said}"))
+    }
 }
 
 /// The compiler: the one that `NVCC` names, or the first that is new enough.
@@ -185,15 +198,15 @@ struct Module {
 /// Compiles every `.cu` of `folder` whose fatbin in `out` is not that of the same sources, flags and compiler.
 fn compile_kernels(nvcc: &Nvcc, folder: &Path, out: &Path) -> Result<Vec<Module>> {
     let archs = parse_archs(&tracked("SIMSIAM_CUDA_ARCHS").unwrap_or(DEFAULT_ARCHS.into()))?;
-    let mut flags: Vec<String> =
-        ["-fatbin", "-std=c++17", "-O3", "-fmad=false", "-lineinfo", "-Werror=all-warnings", "-Xptxas", "-v"]
-            .map(String::from)
-            .to_vec();
-    flags.extend(archs.iter().flat_map(|arch| ["-gencode".to_string(), arch.gencode()]));
+    let generations = archs.iter().flat_map(|arch| ["-gencode".to_string(), arch.gencode()]);
+    let flags = Flags {
+        fatbin: FATBIN_FLAGS.iter().map(|flag| flag.to_string()).chain(generations).collect(),
+        ptx: vec!["-ptx".into(), format!("-arch=compute_{}", archs[0].generation)],
+    };
 
     let sources = files_in(folder, &["cu"])?;
     let mut common = DefaultHasher::new();
-    (&flags, &nvcc.version).hash(&mut common);
+    (LANGUAGE_FLAGS, &flags, &nvcc.version).hash(&mut common);
     for header in files_in(folder, &["cuh", "h"])? {
         (file_name(&header), read(&header)?).hash(&mut common);
     }
@@ -220,10 +233,24 @@ fn compile_kernels(nvcc: &Nvcc, folder: &Path, out: &Path) -> Result<Vec<Module>
     Ok(sources.iter().map(module).collect())
 }
 
-/// One compilation, unless the stamp beside `fatbin` already carries `key`.
-fn compile(nvcc: &Nvcc, flags: &[String], source: &Path, fatbin: &Path, key: &str) -> Result<()> {
+/// How the language is understood; the emulator's compiler is told the same.
+const LANGUAGE_FLAGS: &[&str] = &["-std=c++17", "-O3", "-fmad=false", "-Werror=all-warnings"];
+/// Source lines for profilers, the assembler's figures, and as small as can be: it travels in the program.
+const FATBIN_FLAGS: &[&str] = &["-fatbin", "-lineinfo", "-Xptxas", "-v", "--compress-mode=size", "--threads=2"];
+
+/// What nvcc is told beyond the language.
+#[derive(Hash)]
+struct Flags {
+    fatbin: Vec<String>,
+    ptx: Vec<String>,
+}
+
+/// Compiles a source, unless the stamp beside `fatbin` already carries `key`.
+fn compile(nvcc: &Nvcc, flags: &Flags, source: &Path, fatbin: &Path, key: &str) -> Result<()> {
     let stamp = fatbin.with_extension("stamp");
-    if fatbin.exists() && log_path(fatbin).exists() && fs::read_to_string(&stamp).is_ok_and(|old| old == key) {
+    let (log, signatures, ptx) = (log_path(fatbin), signatures_path(fatbin), fatbin.with_extension("ptx"));
+    let complete = [fatbin, &log, &signatures].into_iter().all(Path::exists);
+    if complete && fs::read_to_string(&stamp).is_ok_and(|old| old == key) {
         return Ok(());
     }
     // A stamp must never outlive its fatbin, not even when the compiler is killed.
@@ -231,15 +258,34 @@ fn compile(nvcc: &Nvcc, flags: &[String], source: &Path, fatbin: &Path, key: &st
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(format!("cannot remove {}: {e}", stamp.display())),
         _ => {}
     }
-    let output = Command::new(&nvcc.path).args(flags).arg("-o").arg(fatbin).arg(source).output();
-    let output = output.map_err(|e| format!("cannot run {}: {e}", nvcc.path.display()))?;
-    if !output.status.success() {
-        let said = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
-        let failed = format!("{} cannot compile {}", nvcc.path.display(), source.display());
-        return Err(format!("{failed}; {WITHOUT_CUDA}\n{said}"));
-    }
-    write(&log_path(fatbin), &String::from_utf8_lossy(&output.stderr))?;
+    write(&log, &nvcc.run(&flags.fatbin, source, fatbin)?)?;
+    nvcc.run(&flags.ptx, source, &ptx)?;
+    let text = String::from_utf8_lossy(&read(&ptx)?).into_owned();
+    write(&signatures, &kernel_signatures(&text).ok_or_else(|| format!("cannot make sense of {}", ptx.display()))?)?;
     write(&stamp, key)
+}
+
+/// A line for each kernel in a PTX text: its name, the threads of a block, and the bytes of each parameter.
+fn kernel_signatures(ptx: &str) -> Option<String> {
+    let mut lines = String::new();
+    for entry in ptx.split(".visible .entry ").skip(1) {
+        let (name, rest) = entry.split_once('(')?;
+        let (parameters, rest) = rest.split_once(')')?;
+        let threads = rest.split_once(".maxntid ")?.1.split(|c: char| !c.is_ascii_digit()).next()?;
+        let parameters = parameters.split(".param ").skip(1).map(parameter_bytes).collect::<Option<Vec<_>>>()?;
+        let sizes: Vec<String> = parameters.iter().map(usize::to_string).collect();
+        lines += &format!("{name} {threads} {}\n", sizes.join(" "));
+    }
+    Some(lines)
+}
+
+/// `.u64 .ptr .align 1 relu_f32_param_0` has 8 bytes, `.align 8 .b8 sgd_param_0[4096]` 4096.
+fn parameter_bytes(text: &str) -> Option<usize> {
+    if let Some((_, count)) = text.split_once('[') {
+        return count.split(']').next()?.parse().ok();
+    }
+    let bits = text.trim_start_matches(['.', 'u', 's', 'f', 'b']).split(' ').next()?;
+    Some(bits.parse::<usize>().ok()? / 8)
 }
 
 /// A device generation such as 90a, as machine code or as PTX.
@@ -297,6 +343,11 @@ fn file_name(path: &Path) -> String {
 
 fn stem(path: &Path) -> String {
     path.file_stem().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// The kernels with their parameters, see [`kernel_signatures`].
+fn signatures_path(fatbin: &Path) -> PathBuf {
+    fatbin.with_extension("signatures")
 }
 
 /// What ptxas said of registers, shared memory and spills.

@@ -100,28 +100,15 @@ fn every_kernel_has_the_parameters_that_rust_passes() {
     }
 }
 
-/// The kernels of a module, from its PTX.
+/// The kernels of a module, as nvcc compiled them.
 fn entries(module: &Module) -> BTreeMap<String, Signature> {
-    let text = String::from_utf8_lossy(module.fatbin);
-    let mut found = BTreeMap::new();
-    for entry in text.split(".visible .entry ").skip(1) {
-        let (name, rest) = entry.split_once('(').unwrap();
-        let (parameters, rest) = rest.split_once(')').unwrap();
-        let threads = rest.split_once(".maxntid ").unwrap().1.split(',').next().unwrap().trim().parse().unwrap();
-        let parameters = parameters.split(".param ").skip(1).map(parameter_bytes).collect();
-        found.insert(name.to_string(), Signature { file: module.name.to_string(), threads, parameters });
-    }
-    found
-}
-
-/// `.u64 relu_f32_param_0` has 8 bytes, `.align 8 .b8 sgd_param_0[4096]` 4096.
-fn parameter_bytes(text: &str) -> usize {
-    if let Some((_, count)) = text.split_once('[') {
-        assert!(text.contains(".b8 "), "an array of bytes: {text}");
-        return count.split(']').next().unwrap().parse().unwrap();
-    }
-    let bits = text.trim_start_matches(['.', 'u', 's', 'f', 'b']).split(' ').next().unwrap();
-    bits.parse::<usize>().unwrap_or_else(|_| panic!("the type of {text:?}")) / 8
+    let signature = |line: &str| {
+        let (name, numbers) = line.split_once(' ').unwrap();
+        let numbers: Vec<usize> = numbers.split_whitespace().map(|number| number.parse().unwrap()).collect();
+        let (threads, parameters) = (numbers[0] as u32, numbers[1..].to_vec());
+        (name.to_string(), Signature { file: module.name.to_string(), threads, parameters })
+    };
+    module.signatures.lines().map(signature).collect()
 }
 
 #[test]

@@ -265,11 +265,11 @@ mod emulator {
         assert!(refused(too_much, &CORRECT, &[memory.0; 2]).contains("232449 bytes of dynamic shared memory"));
         assert!(refused(blocks(1), &CORRECT, &[memory.0; 2]).contains("launched with none"));
 
-        assert!(message(device.upload(memory, &[0; 257])).contains("256 bytes are allocated"));
-        assert!(message(device.download(memory.offset(8), &mut [0; 249])).contains("248 bytes are allocated"));
-        assert!(message(device.upload(DevicePtr::NULL, &[0])).contains("0 bytes are allocated"));
+        assert!(message(device.upload(memory, &[0; 257])).contains("256 bytes are reserved"));
+        assert!(message(device.download(memory.offset(8), &mut [0; 249])).contains("248 bytes are reserved"));
+        assert!(message(device.upload(DevicePtr::NULL, &[0])).contains("0 bytes are reserved"));
         device.free(memory).unwrap();
-        assert!(message(device.upload(memory, &[0])).contains("0 bytes are allocated"));
+        assert!(message(device.upload(memory, &[0])).contains("0 bytes are reserved"));
         assert!(device.free(memory).is_err());
         let (want, got) = run_correct(&device);
         assert_eq!(got, want, "the device works on");

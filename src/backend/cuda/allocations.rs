@@ -22,15 +22,20 @@ impl Allocations {
 
     /// Takes a range out; returns its length.
     pub fn remove(&self, memory: DevicePtr) -> Result<usize> {
-        self.ranges().remove(&memory.0).ok_or_else(|| outside("free", memory, 0))
+        self.ranges()
+            .remove(&memory.0)
+            .ok_or_else(|| fault(format!("cannot free what lies at {:#x}: nothing is reserved there", memory.0)))
     }
 
     /// Checks that `bytes` from `at` on lie within one range.
     pub fn check(&self, action: &str, at: DevicePtr, bytes: usize) -> Result<()> {
         let ranges = self.ranges();
         let range = ranges.range(..=at.0).next_back();
-        let fits = range.is_some_and(|(first, len)| (at.0 - first) as usize + bytes <= *len);
-        if fits { Ok(()) } else { Err(outside(action, at, bytes)) }
+        let room = range.and_then(|(first, len)| len.checked_sub((at.0 - first) as usize)).unwrap_or(0);
+        if bytes <= room {
+            return Ok(());
+        }
+        Err(fault(format!("cannot {action} {bytes} bytes at {:#x}: {room} bytes are reserved there", at.0)))
     }
 
     /// All ranges, for giving them back.
@@ -39,8 +44,7 @@ impl Allocations {
     }
 }
 
-fn outside(action: &str, at: DevicePtr, bytes: usize) -> Error {
-    let message = format!("cannot {action} {bytes} bytes at {:#x}: not within reserved device memory", at.0);
+fn fault(message: String) -> Error {
     Error::Internal { thread: "CUDA memory".into(), message }
 }
 

@@ -37,7 +37,7 @@ pub trait Driver: Debug + Send + Sync {
     /// Copies host bytes to the device.
     ///
     /// # Errors
-    /// [`crate::error::Error::Unsupported`] when `to` is no memory of this driver with room for `bytes`; a fault of an
+    /// [`crate::error::Error::Internal`] when `to` is no memory of this driver with room for `bytes`; a fault of an
     /// earlier launch.
     fn upload(&self, to: DevicePtr, bytes: &[u8]) -> Result<()>;
 

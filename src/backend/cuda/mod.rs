@@ -30,6 +30,8 @@ pub struct Module {
     pub archs: &'static [&'static str],
     /// What the assembler said of each kernel, see [`resources`].
     pub log: &'static str,
+    /// A line for each kernel: name, threads of a block, and the bytes of each parameter.
+    pub signatures: &'static str,
 }
 
 /// Gives embedded bytes the alignment that the driver reads them with.

@@ -73,6 +73,6 @@ ptxas info    : Used 255 registers, used 1 barriers, 72 bytes cumulative stack s
             Resources { kernel: "a_f32".into(), arch: "sm_90a".into(), registers: 16, shared: 0, stack: 0, spills: 0 };
         let b =
             Resources { kernel: "b".into(), arch: "sm_80".into(), registers: 255, shared: 2048, stack: 72, spills: 40 };
-        assert_eq!(resources(&Module { name: "x", fatbin: &[], archs: &[], log }), [a, b]);
+        assert_eq!(resources(&Module { name: "x", fatbin: &[], archs: &[], log, signatures: "" }), [a, b]);
     }
 }
