@@ -23,13 +23,20 @@ ROOT = pathlib.Path(__file__).parents[2]
 TABLE = pathlib.Path(__file__).with_name("table.txt")
 PACKAGES = ["nvidia-cuda-cuobjdump==13.2.*", "nvidia-cuda-nvdisasm==13.2.*"]
 
-# Kernels whose time is that of the bytes they move: each must read and write 16 bytes at a time.
-STREAMING = re.compile(
-    r"(relu|relu_backward|copy|add|fill|cast_\w+|bias_add|sgd\w*|ceiling_copy"
-    r"|batch_norm_(partial|statistics|apply|backward_partial|backward_reduce|backward_apply)\w*"
-    r"|global_avg_pool\w*|max_pool\w*|philox_stream)(_(f32|bf16|f16))?"
-)
-WRITES_LITTLE = re.compile(r".*(partial|statistics|reduce).*")
+# Kernels whose time is that of the bytes they move, by name without element type: 16 bytes at a time.
+READS = """relu relu_backward copy add slice_rows slice_rows_backward cast_from cast_to add_bias sum_rows sgd lars ceiling_copy
+    batch_norm_statistics batch_norm_apply batch_norm_backward_reduce batch_norm_backward_apply max_pool max_pool_backward
+    global_avg_pool global_avg_pool_backward negative_cosine negative_cosine_backward softmax_xent softmax_xent_backward_p
+    softmax_xent_backward_z cosine_loss cross_entropy cross_entropy_backward row_rnorms non_finite summarise knn_merge
+    augment_crop""".split()
+WRITES = """relu relu_backward copy add fill slice_rows slice_rows_backward cast_from cast_to add_bias sgd lars ceiling_copy philox_stream
+    batch_norm_apply batch_norm_backward_reduce batch_norm_backward_apply max_pool max_pool_backward global_avg_pool_backward
+    negative_cosine_backward softmax_xent_backward_p softmax_xent_backward_z cosine_loss cross_entropy_backward
+    augment_finish""".split()
+
+
+def untyped(kernel):
+    return re.sub(r"_(f32|bf16|f16)$", "", kernel)
 
 
 def cuobjdump():
@@ -83,11 +90,12 @@ def faults(rows):
         where = f"{row['kernel']} for {row['arch']}"
         if row["spills"]:
             yield f"{where}: {row['spills']} bytes of spills"
-        if STREAMING.fullmatch(row["kernel"]):
-            if row["kernel"] not in ("philox_stream",) and not row["kernel"].startswith("fill") and not row["accesses"]["load 128"]:
-                yield f"{where}: no 128-bit load"
-            if not WRITES_LITTLE.fullmatch(row["kernel"]) and not row["accesses"]["store 128"]:
-                yield f"{where}: no 128-bit store"
+        for names, access in ((READS, "load 128"), (WRITES, "store 128")):
+            if untyped(row["kernel"]) in names and not row["accesses"][access]:
+                yield f"{where}: no 128-bit {access.split()[0]}"
+    unknown = {*READS, *WRITES} - {name for row in rows for name in (row["kernel"], untyped(row["kernel"]))}
+    for name in sorted(unknown):
+        yield f"{name}: there is no such kernel any more"
 
 
 def table(rows):
@@ -117,7 +125,7 @@ def main():
     print("\n".join(found), file=sys.stderr, end="\n" if found else "")
     if args.check and not found:
         archs = len({row["arch"] for row in rows})
-        streaming = {row["kernel"] for row in rows if STREAMING.fullmatch(row["kernel"])}
+        streaming = {row["kernel"] for row in rows if untyped(row["kernel"]) in {*READS, *WRITES}}
         kernels = len({row["kernel"] for row in rows})
         print(f"{kernels} kernels for {archs} generations: no spills; 128-bit accesses in all {len(streaming)} streaming kernels")
     return 1 if found and args.check else 0
