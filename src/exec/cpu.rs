@@ -4,10 +4,10 @@ use crate::backend::cpu::arena::{Arena, Slot};
 use crate::backend::cpu::{CpuIo, Input, Output, Tier};
 use crate::error::Result;
 use crate::exec::Executor;
-use crate::exec::program::{POISON, Program, all_finite};
+use crate::exec::program::{POISON, Program};
 use crate::graph::plan::Target;
 use crate::graph::{Phase, Plan, Tape, ValueId, WriteMode};
-use crate::tensor::HostTensor;
+use crate::tensor::{DType, HostTensor};
 
 /// A tape planned and placed in host memory.
 #[derive(Debug)]
@@ -121,5 +121,16 @@ impl Executor for CpuExecutor {
     fn overrun(&self) -> Result<Option<String>> {
         let changed = |slot: Slot| self.arena.slice(slot).iter().any(|&byte| byte != POISON);
         Ok(self.program.guards().find(|(guard, _)| changed(*guard)).map(|(_, name)| name.to_string()))
+    }
+}
+
+/// Whether all elements are finite numbers.
+fn all_finite(bytes: &[u8], dtype: DType) -> bool {
+    match dtype {
+        DType::F32 => bytemuck::cast_slice::<u8, f32>(bytes).iter().all(|v| v.is_finite()),
+        DType::F64 => bytemuck::cast_slice::<u8, f64>(bytes).iter().all(|v| v.is_finite()),
+        DType::Bf16 => bytemuck::cast_slice::<u8, u16>(bytes).iter().all(|v| half::bf16::from_bits(*v).is_finite()),
+        DType::F16 => bytemuck::cast_slice::<u8, u16>(bytes).iter().all(|v| half::f16::from_bits(*v).is_finite()),
+        DType::I64 | DType::U8 => true,
     }
 }

@@ -4,7 +4,7 @@ use crate::backend::cpu::arena::Slot;
 use crate::error::{Error, Result};
 use crate::graph::plan::{Buffer, Target};
 use crate::graph::{Phase, Plan, Role, Tape, ValueId};
-use crate::tensor::{DType, TensorDesc};
+use crate::tensor::TensorDesc;
 
 /// Bytes between the buffers of a poisoned program.
 const GUARD: usize = 64;
@@ -74,16 +74,5 @@ impl Program {
             }
         }
         Ok(None)
-    }
-}
-
-/// Whether all elements are finite numbers.
-pub(super) fn all_finite(bytes: &[u8], dtype: DType) -> bool {
-    match dtype {
-        DType::F32 => bytemuck::cast_slice::<u8, f32>(bytes).iter().all(|v| v.is_finite()),
-        DType::F64 => bytemuck::cast_slice::<u8, f64>(bytes).iter().all(|v| v.is_finite()),
-        DType::Bf16 => bytemuck::cast_slice::<u8, u16>(bytes).iter().all(|v| half::bf16::from_bits(*v).is_finite()),
-        DType::F16 => bytemuck::cast_slice::<u8, u16>(bytes).iter().all(|v| half::f16::from_bits(*v).is_finite()),
-        DType::I64 | DType::U8 => true,
     }
 }

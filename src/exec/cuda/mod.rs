@@ -5,10 +5,10 @@ mod library;
 use std::sync::Arc;
 
 use crate::backend::cpu::arena::Slot;
-use crate::backend::cuda::{CudaIo, DeviceOutput, DevicePtr, DeviceTensor, Driver};
+use crate::backend::cuda::{CudaIo, DeviceOutput, DevicePtr, DeviceTensor, Driver, check};
 use crate::error::Result;
 use crate::exec::Executor;
-use crate::exec::program::{POISON, Program, all_finite};
+use crate::exec::program::{POISON, Program};
 use crate::graph::plan::Target;
 use crate::graph::{Phase, Plan, Tape, ValueId, WriteMode};
 use crate::tensor::HostTensor;
@@ -20,45 +20,66 @@ pub struct CudaExecutor {
     arena: Arena,
 }
 
-/// The device memory of a program.
+/// Device memory that is given back when it is dropped.
+#[derive(Debug)]
+struct Memory {
+    driver: Arc<dyn Driver>,
+    start: DevicePtr,
+}
+
+impl Memory {
+    fn new(driver: Arc<dyn Driver>, bytes: usize) -> Result<Memory> {
+        let start = driver.allocate(bytes.max(1))?;
+        Ok(Memory { driver, start })
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if let Err(error) = self.driver.free(self.start) {
+            tracing::warn!("device memory was not given back: {error}");
+        }
+    }
+}
+
+/// The memory of a program.
 #[derive(Debug)]
 struct Arena {
-    driver: Arc<dyn Driver>,
-    memory: DevicePtr,
+    memory: Memory,
     /// What no kernel may touch.
     guards: Vec<Slot>,
 }
 
 impl Arena {
     fn new(driver: Arc<dyn Driver>, bytes: usize, fill: u8) -> Result<Arena> {
-        let memory = driver.allocate(bytes.max(1))?;
-        let arena = Arena { driver, memory, guards: Vec::new() };
-        arena.driver.fill(memory, bytes, fill)?;
-        Ok(arena)
+        let memory = Memory::new(driver, bytes)?;
+        memory.driver.fill(memory.start, bytes, fill)?;
+        Ok(Arena { memory, guards: Vec::new() })
+    }
+
+    fn driver(&self) -> &dyn Driver {
+        &*self.memory.driver
     }
 
     fn guard(&mut self, guards: Vec<Slot>) {
-        guards.iter().for_each(|guard| self.driver.guard(self.at(*guard), guard.bytes));
+        guards.iter().for_each(|guard| self.driver().guard(self.at(*guard), guard.bytes));
         self.guards = guards;
     }
 
     fn at(&self, slot: Slot) -> DevicePtr {
-        self.memory.offset(slot.offset)
+        self.memory.start.offset(slot.offset)
     }
 
     fn download(&self, slot: Slot) -> Result<Vec<u8>> {
         let mut bytes = vec![0; slot.bytes];
-        self.driver.download(self.at(slot), &mut bytes)?;
+        self.driver().download(self.at(slot), &mut bytes)?;
         Ok(bytes)
     }
 }
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        self.guards.iter().for_each(|guard| self.driver.unguard(self.at(*guard), guard.bytes));
-        if let Err(error) = self.driver.free(self.memory) {
-            tracing::warn!("device memory was not given back: {error}");
-        }
+        self.guards.iter().for_each(|guard| self.driver().unguard(self.at(*guard), guard.bytes));
     }
 }
 
@@ -90,26 +111,29 @@ impl CudaExecutor {
         if node.op.is_view() {
             return Ok(());
         }
-        let tensor = |id: &ValueId| DeviceTensor { desc: tape.desc(*id), ptr: self.arena.at(plan.slot(*id)) };
         let output = |(id, mode): (&ValueId, &WriteMode)| {
-            let DeviceTensor { desc, ptr } = tensor(id);
+            let DeviceTensor { desc, ptr } = self.tensor(*id);
             DeviceOutput { desc, ptr, accumulate: *mode == WriteMode::Accumulate }
         };
         let io = CudaIo {
-            inputs: node.inputs.iter().map(tensor).collect(),
+            inputs: node.inputs.iter().map(|id| self.tensor(*id)).collect(),
             outputs: node.outputs.iter().zip(&planned.modes).map(output).collect(),
-            updates: node.updates.iter().map(tensor).collect(),
+            updates: node.updates.iter().map(|id| self.tensor(*id)).collect(),
             workspace: self.arena.at(planned.workspace),
-            driver: &*self.arena.driver,
+            driver: self.arena.driver(),
         };
         match node.op.by_library() {
-            true if self.arena.driver.emulated() => library::run_on_host(&*node.op, &io),
+            true if self.arena.driver().emulated() => library::run_on_host(&*node.op, &io),
             _ => node.op.cuda(&io),
         }
     }
 
-    fn is_finite(&self, value: ValueId) -> Result<bool> {
-        Ok(all_finite(&self.arena.download(self.program.plan.slot(value))?, self.tape().desc(value).dtype))
+    fn tensor(&self, value: ValueId) -> DeviceTensor<'_> {
+        DeviceTensor { desc: self.program.tape.desc(value), ptr: self.arena.at(self.program.plan.slot(value)) }
+    }
+
+    fn is_finite(&self, value: ValueId, scratch: &Memory) -> Result<bool> {
+        Ok(check::first_non_finite(&*scratch.driver, self.tensor(value), scratch.start)?.is_none())
     }
 }
 
@@ -120,7 +144,7 @@ impl Executor for CudaExecutor {
 
     fn write(&mut self, value: ValueId, bytes: &[u8]) -> Result<()> {
         let slot = self.program.slot_to_write(value, bytes.len())?;
-        self.arena.driver.upload(self.arena.at(slot), bytes)
+        self.arena.driver().upload(self.arena.at(slot), bytes)
     }
 
     fn read(&self, value: ValueId) -> Result<HostTensor> {
@@ -137,14 +161,15 @@ impl Executor for CudaExecutor {
     }
 
     fn first_non_finite(&mut self, phase: Phase) -> Result<Option<String>> {
-        if let Some(leaf) = self.program.first_non_finite_leaf(|value| self.is_finite(value))? {
+        let scratch = Memory::new(self.arena.memory.driver.clone(), check::SCRATCH)?;
+        if let Some(leaf) = self.program.first_non_finite_leaf(|value| self.is_finite(value, &scratch))? {
             return Ok(Some(leaf));
         }
         for index in self.program.nodes_of(phase) {
             self.launch_node(index)?;
             let node = &self.program.tape.nodes()[index];
             for &value in node.outputs.iter().chain(&node.updates) {
-                if !self.is_finite(value)? {
+                if !self.is_finite(value, &scratch)? {
                     return Ok(Some(format!("{} ({})", node.name, node.op.name())));
                 }
             }
