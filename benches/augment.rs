@@ -48,7 +48,8 @@ fn only(jitter: bool, blur: bool) -> AugmentConfig {
 /// What is left to the host when a device makes the views.
 fn describe(c: &mut Criterion) {
     let config = AugmentConfig::imagenet();
-    let sides = StoredImage { width: 256, height: 256, channels: 3, original_width: 500, original_height: 375, offset: 0 };
+    let sides =
+        StoredImage { width: 256, height: 256, channels: 3, original_width: 500, original_height: 375, offset: 0 };
     let images: Vec<_> = (0..VIEWS / 2).map(|i| StoredImage { offset: i * sides.len(), ..sides }).collect();
     let draw = |sample, view| ViewParams::draw(&config, 1, 0, sample, view, 500, 375);
     let params: Vec<_> = (0..VIEWS as u64 / 2).map(|sample| [draw(sample, 0), draw(sample, 1)]).collect();

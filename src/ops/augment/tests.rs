@@ -96,7 +96,10 @@ fn filters_fit_their_tables_at_any_size() {
                         centre_filters(None, (original, original), (stored, stored), size),
                     ];
                     for filter in filters.iter().flatten() {
-                        assert!(filter.taps * size <= augmentation.capacity(), "{filter:?} for {size} of {longest_side}");
+                        assert!(
+                            filter.taps * size <= augmentation.capacity(),
+                            "{filter:?} for {size} of {longest_side}"
+                        );
                     }
                 }
             }
