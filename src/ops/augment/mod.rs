@@ -32,6 +32,7 @@ pub struct Augmentation {
     dtype: DType,
     longest_side: usize,
     blur_kernel: BlurKernel,
+    max_sigma: f32,
     reach: usize,
     normalisation: Normalisation,
 }
@@ -59,6 +60,7 @@ impl Augmentation {
             dtype,
             longest_side,
             blur_kernel: config.blur_kernel,
+            max_sigma: config.blur_sigma[1] as f32,
             reach: config.blur_kernel.reach(config.blur_sigma[1]),
             normalisation: config.normalisation(),
         })
@@ -167,11 +169,11 @@ impl Augmentation {
             half.push(1.0);
             return Ok(());
         };
-        if sigma > 0.0 && self.blur_kernel.reach(f64::from(sigma)) <= self.reach {
+        if sigma > 0.0 && sigma <= self.max_sigma {
             self.blur_kernel.half(sigma, self.reach, half);
             return Ok(());
         }
-        Err(Error::shape("augment", "sigma of a blur", format!("a reach of up to {} pixels", self.reach), sigma))
+        Err(Error::shape("augment", "sigma of a blur", format!("above 0, up to {}", self.max_sigma), sigma))
     }
 }
 
