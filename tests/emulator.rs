@@ -110,7 +110,7 @@ mod emulator {
             .into_iter()
             .chain([65504.0, 65519.996, 65520.0, 6.1e-5, 5.96e-8, 2.98e-8, 2.9802325e-8, 2.9802322e-8]);
         let near_half =
-            |word: u32| f32::from_bits(word & 0x8000_0000 | 0x3200_0000 + (word & 0x1fff_ffff) % 0x1600_0000);
+            |word: u32| f32::from_bits(word & 0x8000_0000 | (0x3200_0000 + (word & 0x1fff_ffff) % 0x1600_0000));
         corners
             .chain((0..).map(|i| if i % 2 == 0 { f32::from_bits(words.word()) } else { near_half(words.word()) }))
             .take(n)

@@ -292,7 +292,7 @@ fn load_library() -> Result<()> {
             Ok(())
         }
         Err(error) => {
-            let what = format!("no CUDA driver: libcuda.so.1 cannot be loaded ({error})");
+            let what = format!("no CUDA driver: {}", super::reason(&error));
             Err(unsupported(&what, "install NVIDIA's driver 580 or newer, or use --device cpu"))
         }
     }

@@ -301,7 +301,7 @@ impl Api {
     }
 
     fn load(path: &OsString) -> Result<Api, String> {
-        let failed = |e: libloading::Error| format!("cannot load the CUDA emulator {}: {}", path.display(), e);
+        let failed = |e: libloading::Error| format!("cannot load the CUDA emulator: {}", super::reason(&e));
         // SAFETY: its constructors fill the table of kernels, and do nothing else.
         let library = unsafe { Library::new(path) }.map_err(failed)?;
         // SAFETY: the types are those that launch.h declares; the library lives as long as the functions, in one struct.

@@ -46,6 +46,11 @@ pub fn compiled_modules() -> &'static [Module] {
     MODULES
 }
 
+/// Why a library cannot be loaded, in the system's words.
+fn reason(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
+}
+
 /// The declarations of the kernels that belong to no op.
 pub fn kernels() -> Vec<&'static Kernel> {
     [ceilings::KERNELS, check::KERNELS, random::KERNELS].concat()

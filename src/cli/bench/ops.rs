@@ -118,9 +118,10 @@ impl Settings {
         };
         let batch = args.batch.unwrap_or(if on_gpu { 256 } else { 2 });
         let repeat = args.repeat.unwrap_or(if on_gpu { 20 } else { 3 });
-        for (option, value, max) in [("--batch", batch, 8192), ("--repeat", repeat, 10_000)] {
-            if !(1..=max).contains(&value) {
-                return Err(Error::config(option, format!("expected 1 to {max}, got {value}")));
+        for (option, value, range) in [("--batch", batch, 2..=8192), ("--repeat", repeat, 1..=10_000)] {
+            if !range.contains(&value) {
+                let what = format!("expected {} to {}, got {value}", range.start(), range.end());
+                return Err(Error::config(option, what));
             }
         }
         Ok(Settings { device: args.device.open(Tier::Direct)?, on_gpu, dtype, batch, repeat })
@@ -242,7 +243,7 @@ fn print_line(out: &mut dyn Write, line: &Line, ceilings: &Ceilings) -> io::Resu
         flops => format!("{:.2}", flops as f64 / line.median.as_secs_f64() / 1e12),
     };
     let (time, speed) = (format!("{:.1} us", line.median.as_secs_f64() * 1e6), line.gigabytes_a_second());
-    writeln!(out, "{case:<24} {phase:<8} {shape:<20} {time:>10} {speed:>9.1} {share:>7} {flops:>8}")
+    writeln!(out, "{case:<24} {phase:<8} {shape:<20} {time:>10} {speed:>9.2} {share:>7} {flops:>8}")
 }
 
 impl Line {

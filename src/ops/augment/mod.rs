@@ -9,7 +9,7 @@
 pub(super) mod cuda;
 mod descriptor;
 
-use std::iter::repeat;
+use std::iter::repeat_n;
 
 pub use cuda::Places;
 pub use descriptor::ViewDescriptor;
@@ -92,7 +92,7 @@ impl Augmentation {
         }
         views.clear();
         let mut half = Vec::new();
-        for (view, pairs) in repeat(params).take(2).enumerate() {
+        for (view, pairs) in repeat_n(params, 2).enumerate() {
             for (image, pair) in images.iter().zip(pairs) {
                 let params = &pair[view];
                 let original = self.check_image(image, pixel_bytes)?;

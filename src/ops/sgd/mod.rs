@@ -165,7 +165,7 @@ mod tests {
         };
         let (copy_a, copy_b) = (narrow(a, DType::F16), narrow(b, DType::F16));
         infer(vec![], &with(&[])).unwrap();
-        infer(vec![1], &with(&[copy_b.clone()])).unwrap();
+        infer(vec![1], &with(std::slice::from_ref(&copy_b))).unwrap();
         infer(vec![1, 0], &with(&[copy_b.clone(), copy_a.clone()])).unwrap();
         for (copies, tensors) in [
             (vec![1], vec![]),
