@@ -156,7 +156,7 @@ fn faults_are_one_line_with_what_where_and_hint() {
         ("plan --projector-layers 5", "--projector-layers: expected 2 or 3, got 5"),
         ("plan --threads 0", "--threads: must be at least 1"),
         (
-            "train --dataset x --device cuda",
+            "train x --run /nowhere/run --device cuda",
             "--device: this build trains on the CPU only; hint: use --device cpu; selftest runs the kernels",
         ),
         ("selftest --dtype bf16", "--dtype bf16: not computed on this device; hint: use one of f64, f32"),
