@@ -214,8 +214,8 @@ mod tests {
             (with_header("{\"\u{7f}", &[]), "not a safetensors file: header"),
             (with_header("{}", &[1, 2]), "2 bytes after the last tensor"),
             (
-                with_header(r#"{"a":{"dtype":"I32","shape":[1],"data_offsets":[0,2]}}"#, &[0, 0]),
-                "tensor a has element type F16",
+                with_header(r#"{"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]}}"#, &[0; 4]),
+                "tensor a has element type I32",
             ),
             (with_header(r#"{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,2]}}"#, &[0, 0]), "invalid shape"),
             (with_header(r#"{"a":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}}"#, &[0, 0, 0]), "invalid offset"),
