@@ -110,7 +110,7 @@ impl Grid {
 /// Declares the kernels of one file of `kernels/`, each as a function that makes a [`Call`], and `KERNELS`, the list of
 /// their declarations.
 ///
-/// ```ignore
+/// ```text
 /// kernels! { "relu";
 ///     /// y = max(x, 0)
 ///     fn relu[F32, Bf16, F16; 256](x: DevicePtr, y: DevicePtr, n: i64);
