@@ -4,6 +4,7 @@
 # fails in the end.
 set -uo pipefail
 [ $# -eq 2 ] || { echo "usage: $0 ENGINE OUT" >&2; exit 2; }
+[ -x "$1" ] || { echo "gpu_check.sh: $1 is no program; hint: cargo build --release, with nvcc" >&2; exit 2; }
 engine=$(realpath "$1")
 mkdir -p "$2" && cd "$2" || exit 1
 failed=()

@@ -118,6 +118,8 @@ def main():
     what.add_argument("--write", action="store_true")
     what.add_argument("--check", action="store_true")
     args = parser.parse_args()
+    if not args.engine.is_file():
+        sys.exit(f"report.py: no program at {args.engine}; hint: cargo build, or name one by --engine")
     rows = gather(args.engine)
     if args.write:
         TABLE.write_text(table(rows))
