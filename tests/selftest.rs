@@ -43,6 +43,13 @@ mod emulated {
     }
 
     #[test]
+    fn float64_is_refused_before_a_kernel_is_looked_for() {
+        let refused = simsiam_engine::selftest::run(None, &device(1, 0), &[DType::F64], |_| ());
+        let message = refused.unwrap_err().to_string();
+        assert!(message.contains("CUDA devices do not compute in f64; hint: use f32"), "{message}");
+    }
+
+    #[test]
     fn kernels_agree_with_pytorch() {
         replay(&device(2, 0), &DTYPES);
     }

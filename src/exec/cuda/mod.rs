@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use crate::backend::cpu::arena::Slot;
 use crate::backend::cuda::{CudaIo, DeviceOutput, DevicePtr, DeviceTensor, Driver, check};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::exec::Executor;
 use crate::exec::program::{POISON, Program};
 use crate::graph::plan::Target;
-use crate::graph::{Phase, Plan, Tape, ValueId, WriteMode};
-use crate::tensor::HostTensor;
+use crate::graph::{Node, Phase, Plan, Tape, ValueId, WriteMode};
+use crate::tensor::{DType, HostTensor};
 
 /// A tape planned and placed in the memory of a device, real or emulated.
 #[derive(Debug)]
@@ -89,6 +89,7 @@ impl CudaExecutor {
     /// # Errors
     /// Faults of the tape; [`crate::error::Error::Unsupported`] when the device has not enough memory.
     pub fn new(tape: Tape, driver: Arc<dyn Driver>) -> Result<CudaExecutor> {
+        refuse_float64(&tape)?;
         let program = Program::new(tape, Target::Cuda)?;
         let arena = Arena::new(driver, program.plan.memory.total, 0)?;
         Ok(CudaExecutor { program, arena })
@@ -99,6 +100,7 @@ impl CudaExecutor {
     /// # Errors
     /// As [`CudaExecutor::new`].
     pub fn poisoned(tape: Tape, driver: Arc<dyn Driver>) -> Result<CudaExecutor> {
+        refuse_float64(&tape)?;
         let program = Program::guarded(tape, Target::Cuda)?;
         let mut arena = Arena::new(driver, program.plan.memory.total, POISON)?;
         arena.guard(program.guards().map(|(slot, _)| slot).collect());
@@ -134,6 +136,18 @@ impl CudaExecutor {
 
     fn is_finite(&self, value: ValueId, scratch: &Memory) -> Result<bool> {
         Ok(check::first_non_finite(&*scratch.driver, self.tensor(value), scratch.start)?.is_none())
+    }
+}
+
+/// No kernel computes in float64, the CPU's reference for gradients; hyper-parameters are only read in it.
+fn refuse_float64(tape: &Tape) -> Result<()> {
+    let outputs = |node: &Node| node.outputs.iter().any(|&value| tape.desc(value).dtype == DType::F64);
+    match tape.nodes().iter().find(|node| outputs(node)) {
+        None => Ok(()),
+        Some(node) => {
+            let what = format!("{} ({}): CUDA devices do not compute in f64", node.name, node.op.name());
+            Err(Error::Unsupported { what, hint: Some("use f32, bf16 or f16".into()) })
+        }
     }
 }
 
