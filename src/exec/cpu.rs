@@ -1,5 +1,7 @@
 //! The CPU executor: runs the planned nodes one after the other in one arena; each op is parallel inside.
 
+use std::time::{Duration, Instant};
+
 use crate::backend::cpu::arena::{Arena, Slot};
 use crate::backend::cpu::{CpuIo, Input, Output, Tier};
 use crate::error::Result;
@@ -83,6 +85,19 @@ impl CpuExecutor {
 impl Executor for CpuExecutor {
     fn run_phase(&mut self, phase: Phase) -> Result<()> {
         self.program.nodes_of(phase).into_iter().try_for_each(|index| self.run_node(index))
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn run_timed(&mut self) -> Result<Vec<Duration>> {
+        let nodes = self.program.tape.nodes().len();
+        let timed = |index| {
+            let start = Instant::now();
+            self.run_node(index).map(|()| start.elapsed())
+        };
+        (0..nodes).map(timed).collect()
     }
 
     fn write(&mut self, value: ValueId, bytes: &[u8]) -> Result<()> {

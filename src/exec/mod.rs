@@ -9,6 +9,8 @@ pub use cpu::CpuExecutor;
 pub use cuda::CudaExecutor;
 pub use device::Device;
 
+use std::time::Duration;
+
 use crate::error::Result;
 use crate::graph::{Phase, Plan, Tape, ValueId};
 use crate::tensor::HostTensor;
@@ -28,6 +30,18 @@ pub trait Executor: Send {
     fn run_step(&mut self) -> Result<()> {
         [Phase::Forward, Phase::Backward, Phase::Update].into_iter().try_for_each(|phase| self.run_phase(phase))
     }
+
+    /// Waits for all that was started. A device may still be at work when `run_step` returns.
+    ///
+    /// # Errors
+    /// A fault of what was started.
+    fn finish(&mut self) -> Result<()>;
+
+    /// Runs a whole step node by node, and says how long each took, in the tape's order (nothing for views).
+    ///
+    /// # Errors
+    /// As [`Executor::run_phase`].
+    fn run_timed(&mut self) -> Result<Vec<Duration>>;
 
     /// Overwrites a persistent value; `bytes` are row-major and little-endian.
     ///

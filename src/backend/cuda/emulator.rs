@@ -212,6 +212,54 @@ impl Driver for Emulator {
     fn synchronize(&self) -> Result<()> {
         Ok(())
     }
+
+    fn memory(&self) -> Result<super::DeviceMemory> {
+        Err(not_yet("memory"))
+    }
+
+    fn pinned(&self, _bytes: usize) -> Result<Box<dyn super::Pinned>> {
+        Err(not_yet("pinned"))
+    }
+
+    unsafe fn upload_later(&self, _to: DevicePtr, _from: &[u8]) -> Result<()> {
+        Err(not_yet("upload_later"))
+    }
+
+    unsafe fn download_later(&self, _from: DevicePtr, _to: *mut u8, _bytes: usize) -> Result<()> {
+        Err(not_yet("download_later"))
+    }
+
+    fn event(&self) -> Result<super::Event> {
+        Err(not_yet("event"))
+    }
+
+    fn record(&self, _event: &super::Event, _stream: super::Stream) -> Result<()> {
+        Err(not_yet("record"))
+    }
+
+    fn wait(&self, _stream: super::Stream, _event: &super::Event) -> Result<()> {
+        Err(not_yet("wait"))
+    }
+
+    fn finish(&self, _event: &super::Event) -> Result<()> {
+        Err(not_yet("finish"))
+    }
+
+    fn elapsed(&self, _start: &super::Event, _end: &super::Event) -> Result<Duration> {
+        Err(not_yet("elapsed"))
+    }
+
+    fn begin_capture(&self) -> Result<()> {
+        Err(not_yet("begin_capture"))
+    }
+
+    fn end_capture(&self) -> Result<super::Graph> {
+        Err(not_yet("end_capture"))
+    }
+
+    fn replay(&self, _graph: &super::Graph) -> Result<()> {
+        Err(not_yet("replay"))
+    }
 }
 
 /// What is wrong with a kernel or its launch, and so with this program.
@@ -345,4 +393,8 @@ unsafe fn kernels(library: &Library) -> Result<HashMap<String, Compiled>, libloa
             }
         })
         .collect())
+}
+
+fn not_yet(what: &str) -> Error {
+    Error::Unsupported { what: what.into(), hint: None }
 }

@@ -9,11 +9,12 @@ pub mod driver;
 pub mod emulator;
 pub mod io;
 pub mod kernel;
+pub mod library;
 pub mod random;
 pub mod resources;
 
 pub use device::CudaDevice;
-pub use driver::Driver;
+pub use driver::{DeviceMemory, Driver, Event, Graph, HostTask, HostView, Pinned, Stream};
 #[cfg(feature = "emulator")]
 pub use emulator::Emulator;
 pub use io::{CudaIo, DeviceOutput, DeviceTensor};

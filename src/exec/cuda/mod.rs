@@ -3,6 +3,7 @@
 mod library;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::backend::cpu::arena::Slot;
 use crate::backend::cuda::{CudaIo, DeviceOutput, DevicePtr, DeviceTensor, Driver, check};
@@ -154,6 +155,15 @@ fn refuse_float64(tape: &Tape) -> Result<()> {
 impl Executor for CudaExecutor {
     fn run_phase(&mut self, phase: Phase) -> Result<()> {
         self.program.nodes_of(phase).into_iter().try_for_each(|index| self.launch_node(index))
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        self.arena.driver().synchronize()
+    }
+
+    fn run_timed(&mut self) -> Result<Vec<Duration>> {
+        let driver = self.arena.driver();
+        (0..self.program.tape.nodes().len()).map(|index| driver.time(&mut || self.launch_node(index))).collect()
     }
 
     fn write(&mut self, value: ValueId, bytes: &[u8]) -> Result<()> {
