@@ -13,7 +13,7 @@ pub mod library;
 pub mod random;
 pub mod resources;
 
-pub use device::CudaDevice;
+pub use device::{CudaDevice, DeviceFacts};
 pub use driver::{DeviceMemory, Driver, Event, Graph, HostTask, HostView, Pinned, Stream};
 #[cfg(feature = "emulator")]
 pub use emulator::Emulator;
