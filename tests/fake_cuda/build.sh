@@ -1,5 +1,6 @@
 #!/bin/sh
-# Compiles the driver for tests to FOLDER/libcuda.so.1, unless it is there and newer than its sources: build.sh FOLDER
+# Compiles the driver and the profiler for tests to FOLDER/libcuda.so.1 and FOLDER/libprofiler.so, unless they are there and
+# newer than their sources: build.sh FOLDER
 set -eu
 
 [ $# -eq 1 ] || { echo "usage: $0 FOLDER" >&2; exit 2; }
@@ -16,13 +17,19 @@ if [ -z "$compiler" ]; then
 fi
 
 mkdir -p "$1"
-library=$1/libcuda.so.1
 exec 9>"$1/lock"
 if command -v flock >/dev/null; then flock 9; fi # against other tests
-newest=$(ls -t "$here"/*.cpp "$here"/*.h "$emulator/launch.h" "$0" | head -n 1)
-if [ ! -e "$library" ] || [ "$newest" -nt "$library" ]; then
-    "$compiler" -std=c++17 -O1 -g -fPIC -shared -fvisibility=hidden -pthread -Wall -Wextra -Werror -I "$emulator" \
-        -Wl,-soname,libcuda.so.1 "$here"/*.cpp -o "$library.new" -ldl
-    mv "$library.new" "$library"
-    ln -sf libcuda.so.1 "$1/libcuda.so" # before one of the system, which would be found first by this name
-fi
+
+build() { # LIBRARY SOURCE...
+    library=$1
+    shift
+    newest=$(ls -t "$@" "$here"/*.h "$emulator/launch.h" "$0" | head -n 1)
+    if [ ! -e "$library" ] || [ "$newest" -nt "$library" ]; then
+        "$compiler" -std=c++17 -O1 -g -fPIC -shared -fvisibility=hidden -pthread -Wall -Wextra -Werror \
+            -I "$emulator" -Wl,-soname,"$(basename "$library")" "$@" -o "$library.new" -ldl
+        mv "$library.new" "$library"
+    fi
+}
+build "$1/libcuda.so.1" "$here"/*.cpp
+ln -sf libcuda.so.1 "$1/libcuda.so" # before one of the system, which would be found first by this name
+build "$1/libprofiler.so" "$here"/profiler/profiler.cpp

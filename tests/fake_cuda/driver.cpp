@@ -238,7 +238,7 @@ CUDA_API cuMemAlloc_v2(CUdeviceptr* memory, size_t bytes) {
 CUDA_API cuMemFree_v2(CUdeviceptr memory) {
     const Lock lock(state().lock);
     TRY(in_context_outside_capture());
-    if (!state().idle()) undefined("device memory was freed while work was queued", CUDA_SUCCESS);
+    if (state().is_queued()) undefined("device memory was freed while work was queued", CUDA_SUCCESS);
     if (!state().memory.remove(memory)) return undefined("unknown device memory was freed", CUDA_ERROR_INVALID_VALUE);
     state().kernels.free(host(memory));
     return CUDA_SUCCESS;
@@ -315,7 +315,7 @@ CUDA_API cuModuleLoadData(void** module, const void* image) {
 
 CUDA_API cuModuleUnload(void* module) {
     const Lock lock(state().lock);
-    if (!state().idle()) undefined("a module was unloaded while work was queued", CUDA_SUCCESS);
+    if (state().is_queued(module)) undefined("a module was unloaded while its kernels were queued", CUDA_SUCCESS);
     return destroy(state().modules, module, "an unknown module was unloaded");
 }
 
@@ -326,7 +326,7 @@ CUDA_API cuModuleGetFunction(void** function, void* module, const char* name) {
     if (state().modules.find(module) == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     const auto kernel = state().kernels.by_name.find(name);
     if (kernel == state().kernels.by_name.end()) return CUDA_ERROR_NOT_FOUND;
-    *function = state().functions.add({kernel->second});
+    *function = state().functions.add({kernel->second, module});
     return CUDA_SUCCESS;
 }
 
@@ -379,7 +379,7 @@ CUDA_API cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsign
         fprintf(stderr, "fake CUDA: kernel %s: %s\n", kernel->name, fault);
         state().fault = CUDA_ERROR_LAUNCH_FAILED;
     };
-    return state().give(*stream, {nullptr, run});
+    return state().give(*stream, {nullptr, run, found->module});
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -434,7 +434,7 @@ CUDA_API cuStreamWaitEvent(void* stream_handle, void* event_handle, unsigned) {
         stream->capture.status = CU_STREAM_CAPTURE_STATUS_INVALIDATED;
         return CUDA_ERROR_STREAM_CAPTURE_ISOLATION;
     }
-    return event->mark == nullptr ? CUDA_SUCCESS : state().give(*stream, {event->mark, {}});
+    return event->mark == nullptr ? CUDA_SUCCESS : state().give(*stream, {event->mark, {}, nullptr});
 }
 
 CUDA_API cuEventCreate(void** event, unsigned flags) {

@@ -91,11 +91,13 @@ bool State::refused_by_capture() {
     return refused;
 }
 
-bool State::idle() {
+bool State::is_queued(const void* module) {
     for (auto& [handle, stream] : streams) {
-        if (!stream->queue.empty()) return false;
+        for (const Work& work : stream->queue) {
+            if (module == nullptr || work.module == module) return true;
+        }
     }
-    return true;
+    return false;
 }
 
 void State::settle() {

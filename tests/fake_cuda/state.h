@@ -28,6 +28,7 @@ struct Mark {
 struct Work {
     std::shared_ptr<Mark> wait;
     std::function<void()> run;
+    const void* module = nullptr; // of a kernel
 };
 
 struct Capture {
@@ -53,6 +54,7 @@ struct Module {};
 
 struct Function {
     const emulator::Kernel* kernel;
+    const void* module;
     unsigned shared = 48 << 10; // that it may have
 };
 
@@ -151,7 +153,8 @@ struct State {
     void run(Stream& stream, const Mark* until);
     // Invalidates the captures that this thread may not make such a call beside; whether there are any.
     bool refused_by_capture();
-    bool idle();
+    // Whether work is queued, of any kind or kernels of this module alone.
+    bool is_queued(const void* module = nullptr);
     // At the end of the context: ends the process if something undefined was done, or something was left.
     void settle();
 };

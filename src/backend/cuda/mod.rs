@@ -10,6 +10,7 @@ pub mod emulator;
 pub mod io;
 pub mod kernel;
 pub mod library;
+pub mod nvtx;
 pub mod random;
 pub mod resources;
 
@@ -19,6 +20,7 @@ pub use driver::{DeviceMemory, Driver, Event, Graph, HostTask, HostView, Pinned,
 pub use emulator::Emulator;
 pub use io::{CudaIo, DeviceOutput, DeviceTensor};
 pub use kernel::{Call, DevicePtr, Grid, Kernel};
+pub use nvtx::Nvtx;
 
 /// One file of `kernels/`, compiled for several devices.
 #[derive(Debug)]

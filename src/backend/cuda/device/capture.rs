@@ -12,54 +12,59 @@ use super::failure::{failed, misuse, said};
 use super::stream::Queue;
 use crate::error::Result;
 
-/// Whether a capture goes on, and on which thread. The driver invalidates a capture when something is called that has no
-/// place in it, and says so at the end; asking here first names the call.
+/// The capture of the compute stream, if one goes on. The driver throws a capture away when something is called that has no
+/// place in it, and says so only at the end; asking here first names the call.
 #[derive(Debug, Default)]
-pub(super) struct Capture(Mutex<Option<ThreadId>>);
+pub(super) struct Capture(Mutex<Option<Ongoing>>);
+
+#[derive(Debug)]
+struct Ongoing {
+    thread: ThreadId,
+    /// The first call that a capture does not allow.
+    broken_by: Option<&'static str>,
+}
 
 impl Capture {
-    fn state(&self) -> MutexGuard<'_, Option<ThreadId>> {
+    fn state(&self) -> MutexGuard<'_, Option<Ongoing>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Refuses `call` while a capture goes on.
-    pub fn refuse(&self, call: &str) -> Result<()> {
-        match *self.state() {
-            None => Ok(()),
-            Some(_) => Err(misuse(format!("{call} was called during a capture"))),
-        }
+    /// Checks that `action` is not done while a graph is captured.
+    pub fn allow(&self, action: &'static str) -> Result<()> {
+        let mut state = self.state();
+        let Some(ongoing) = &mut *state else { return Ok(()) };
+        ongoing.broken_by.get_or_insert(action);
+        Err(misuse(format!("cannot {action} while a graph is captured")))
     }
 
     pub fn begin(&self, queue: &Queue) -> Result<()> {
         let mut state = self.state();
         if state.is_some() {
-            return Err(misuse("begin_capture was called during a capture"));
+            return Err(misuse("cannot begin a capture: one goes on already"));
         }
         // Other threads go on: they may reserve memory of their own meanwhile.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream lives.
         unsafe { result::stream::begin_capture(queue.raw, mode) }.map_err(|e| failed("begin a capture", e))?;
-        *state = Some(thread::current().id());
+        *state = Some(Ongoing { thread: thread::current().id(), broken_by: None });
         Ok(())
     }
 
     /// Ends the capture, whatever became of it.
     pub fn end(&self, queue: &Queue) -> Result<Recorded> {
         let mut state = self.state();
-        match *state {
-            None => return Err(misuse("end_capture was called without a capture")),
-            // The driver ends a capture only where it was begun.
-            Some(thread) if thread != thread::current().id() => {
-                return Err(misuse("end_capture was called on another thread than begin_capture"));
-            }
-            Some(_) => *state = None,
+        // The driver ends a capture only where it was begun.
+        if state.as_ref().is_some_and(|ongoing| ongoing.thread != thread::current().id()) {
+            return Err(misuse("cannot end a capture on another thread than it was begun on"));
         }
+        let ended = state.take().ok_or_else(|| misuse("cannot end a capture: none has begun"))?;
         // SAFETY: the stream lives.
         let graph = unsafe { result::stream::end_capture(queue.raw) };
-        match graph {
-            Ok(graph) if !graph.is_null() => Ok(Recorded(graph)),
-            Ok(_) => Err(misuse("the capture was invalidated")),
-            Err(error) => Err(misuse(format!("the capture cannot become a graph: {}", said(error)))),
+        // Destroyed here if it is not to be used.
+        let graph = graph.map(Recorded).map_err(|error| misuse(format!("the capture was lost: {}", said(error))));
+        match ended.broken_by {
+            Some(action) => Err(misuse(format!("the capture was lost when something tried to {action}"))),
+            None => graph,
         }
     }
 }

@@ -105,8 +105,8 @@ impl CudaDevice {
     }
 
     /// What every call does first that has no place in a capture.
-    fn bind_outside_capture(&self, call: &str) -> Result<()> {
-        self.capture.refuse(call)?;
+    fn bind_outside_capture(&self, action: &'static str) -> Result<()> {
+        self.capture.allow(action)?;
         self.bind()
     }
 
@@ -133,7 +133,7 @@ impl Driver for CudaDevice {
     }
 
     fn allocate(&self, bytes: usize) -> Result<DevicePtr> {
-        self.bind_outside_capture("allocate")?;
+        self.bind_outside_capture("allocate memory")?;
         // SAFETY: the memory is used only through this driver, which gives it back when it is dropped.
         let memory = unsafe { result::malloc_sync(bytes) }.map_err(|error| match error {
             DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY) => self.out_of_memory(bytes),
@@ -144,7 +144,7 @@ impl Driver for CudaDevice {
     }
 
     fn free(&self, memory: DevicePtr) -> Result<()> {
-        self.capture.refuse("free")?;
+        self.capture.allow("free memory")?;
         self.synchronize()?;
         self.allocations.remove(memory)?;
         // SAFETY: `allocate` reserved it, nothing runs, and it was taken out of the table: it is freed once.
@@ -152,7 +152,7 @@ impl Driver for CudaDevice {
     }
 
     fn fill(&self, to: DevicePtr, bytes: usize, value: u8) -> Result<()> {
-        self.bind_outside_capture("fill")?;
+        self.bind_outside_capture("fill memory")?;
         if bytes == 0 {
             return Ok(());
         }
@@ -162,7 +162,7 @@ impl Driver for CudaDevice {
     }
 
     fn upload(&self, to: DevicePtr, bytes: &[u8]) -> Result<()> {
-        self.bind_outside_capture("upload")?;
+        self.bind_outside_capture("upload memory")?;
         if bytes.is_empty() {
             return Ok(());
         }
@@ -173,7 +173,7 @@ impl Driver for CudaDevice {
     }
 
     fn download(&self, from: DevicePtr, bytes: &mut [u8]) -> Result<()> {
-        self.bind_outside_capture("download")?;
+        self.bind_outside_capture("download memory")?;
         if bytes.is_empty() {
             return Ok(());
         }
@@ -198,7 +198,7 @@ impl Driver for CudaDevice {
     }
 
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
-        self.bind_outside_capture("time")?;
+        self.bind_outside_capture("measure time")?;
         let (start, end) = (Mark::new(&self.context)?, Mark::new(&self.context)?);
         self.compute.record(&start)?;
         work()?;
@@ -208,7 +208,7 @@ impl Driver for CudaDevice {
     }
 
     fn synchronize(&self) -> Result<()> {
-        self.bind_outside_capture("synchronize")?;
+        self.bind_outside_capture("synchronise")?;
         self.compute.synchronize()?;
         self.copy.synchronize()
     }
@@ -220,7 +220,7 @@ impl Driver for CudaDevice {
     }
 
     fn pinned(&self, bytes: usize) -> Result<Box<dyn Pinned>> {
-        self.bind_outside_capture("pinned")?;
+        self.bind_outside_capture("allocate page-locked memory")?;
         Ok(Box::new(PinnedBlock::new(&self.context, bytes)?))
     }
 
@@ -235,7 +235,7 @@ impl Driver for CudaDevice {
     }
 
     unsafe fn download_later(&self, from: DevicePtr, to: *mut u8, bytes: usize) -> Result<()> {
-        self.bind_outside_capture("download_later")?;
+        self.bind_outside_capture("download memory")?;
         if bytes == 0 {
             return Ok(());
         }
@@ -253,25 +253,25 @@ impl Driver for CudaDevice {
 
     fn record(&self, event: &Event, stream: Stream) -> Result<()> {
         let mark = self.mark(event)?;
-        self.bind_outside_capture("record")?;
+        self.bind_outside_capture("record an event")?;
         self.queue(stream).record(mark)
     }
 
     fn wait(&self, stream: Stream, event: &Event) -> Result<()> {
         let mark = self.mark(event)?;
-        self.bind_outside_capture("wait")?;
+        self.bind_outside_capture("wait for an event")?;
         self.queue(stream).wait(mark)
     }
 
     fn finish(&self, event: &Event) -> Result<()> {
         let mark = self.mark(event)?;
-        self.bind_outside_capture("finish")?;
+        self.bind_outside_capture("wait for an event")?;
         mark.synchronize()
     }
 
     fn elapsed(&self, start: &Event, end: &Event) -> Result<Duration> {
         let (start, end) = (self.mark(start)?, self.mark(end)?);
-        self.bind_outside_capture("elapsed")?;
+        self.bind_outside_capture("measure time")?;
         start.elapsed_until(end)
     }
 
@@ -289,7 +289,7 @@ impl Driver for CudaDevice {
     fn replay(&self, graph: &Graph) -> Result<()> {
         let executable = graph.0.downcast_ref::<Executable>().filter(|graph| graph.is_of(&self.context));
         let executable = executable.ok_or_else(|| misuse("a graph of another device was replayed"))?;
-        self.bind_outside_capture("replay")?;
+        self.bind_outside_capture("replay a graph")?;
         executable.launch(&self.compute)
     }
 }
