@@ -11,15 +11,19 @@ use std::time::Duration;
 
 use common::fake_cuda::{compiled, under_fake_cuda, with_fake_cuda, without_cuda};
 use cudarc::driver::result;
+use simsiam_engine::backend::cpu::Tier;
 use simsiam_engine::backend::cuda::{
     Call, CudaDevice, DevicePtr, DeviceTensor, Driver, Event, Grid, Kernel, Nvtx, Pinned, Stream, compiled_modules,
     random,
 };
 use simsiam_engine::error::Result;
-use simsiam_engine::exec::Device;
+use simsiam_engine::exec::{Device, Options};
+use simsiam_engine::graph::{Role, Tape};
 use simsiam_engine::ops::cuda_kernels;
+use simsiam_engine::ops::relu::Relu;
+use simsiam_engine::ops::sgd::{SgdUpdate, StepParam};
 use simsiam_engine::selftest;
-use simsiam_engine::tensor::{DType, TensorDesc};
+use simsiam_engine::tensor::{DType, HostTensor, TensorDesc};
 
 /// No multiple of a pack, a warp or a block.
 const N: usize = 1003;
@@ -392,6 +396,17 @@ under_fake_cuda! {
         assert_eq!(seen, "push step 17\npush forward: conv1\npop\npush cut\npop\npop\n");
     }
 
+    /// Inputs that travel beside the kernels, steps from a graph and results that are fetched a step later, with copies that
+    /// come as late as they may.
+    fn pipelined_steps_have_the_bits_of_the_cpu("") {
+        steps_have_the_bits_of_the_cpu();
+    }
+
+    /// The same with copies that come as early as they may.
+    fn pipelined_steps_have_the_bits_of_the_cpu_when_copies_hurry("hurry=2") {
+        steps_have_the_bits_of_the_cpu();
+    }
+
     /// Every op that has kernels of its own, through the executor.
     fn the_op_table_passes("") {
         let device = Device::Cuda(Arc::new(CudaDevice::open(0).unwrap()));
@@ -402,6 +417,45 @@ under_fake_cuda! {
             println!("{}: {}", outcome.name, outcome.compared);
             assert!(outcome.passed(), "{}: {}", outcome.name, outcome.worst.what);
             assert!(outcome.worst.ratio > 0.0, "{}: nothing was compared", outcome.name);
+        }
+    }
+}
+
+/// Weights after each of several steps of w -= lr (momentum v + relu(x)), with another x every time.
+fn weights(device: &Device, options: Options) -> Vec<HostTensor> {
+    let mut tape = Tape::new();
+    let desc = TensorDesc::new([N], DType::F32);
+    let step_params = tape.leaf("step_params", StepParam::desc(), Role::Input, false);
+    let x = tape.leaf("x", desc.clone(), Role::Input, false);
+    let [w, v] = ["w", "v"].map(|name| tape.leaf(name, desc.clone(), Role::Parameter, false));
+    let gradient = tape.record(Relu, &[x]).unwrap()[0];
+    let sgd = SgdUpdate { lr: vec![StepParam::Lr], copies: Vec::new() };
+    tape.update(sgd, &[step_params, gradient], &[w, v]).unwrap();
+
+    let mut exec = device.executor_with(tape, options).unwrap();
+    exec.write(w, bytemuck::cast_slice(&numbers(20))).unwrap();
+    exec.write(v, bytemuck::cast_slice(&numbers(21))).unwrap();
+    exec.watch(&[w]).unwrap();
+    let mut after = Vec::new();
+    for step in 0..9 {
+        exec.stage(step_params, bytemuck::cast_slice(&[0.1 / f64::from(step + 1), 0.0, 0.9, 1e-4])).unwrap();
+        exec.stage(x, bytemuck::cast_slice(&numbers(30 + step))).unwrap();
+        exec.run_step().unwrap();
+        after.extend(exec.collect(1).unwrap());
+    }
+    after.extend(exec.collect(0).unwrap());
+    assert_eq!(after.len(), 9);
+    after.into_iter().flatten().collect()
+}
+
+fn steps_have_the_bits_of_the_cpu() {
+    let expected = weights(&Device::Cpu(Tier::Direct), Options::default());
+    assert_ne!(expected[0].bytes(), expected[8].bytes());
+    let device = Device::Cuda(Arc::new(CudaDevice::open(0).unwrap()));
+    for graph in [true, false] {
+        let got = weights(&device, Options { graph, ..Options::default() });
+        for (step, (expected, got)) in expected.iter().zip(&got).enumerate() {
+            assert!(expected.bytes() == got.bytes(), "step {step}, graph: {graph}");
         }
     }
 }
