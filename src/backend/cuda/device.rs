@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::ffi::CString;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use cudarc::driver::result::{self, DriverError};
@@ -12,6 +12,7 @@ use cudarc::driver::sys::{self, CUresult};
 use crate::error::{Error, Result};
 
 use super::allocations::Allocations;
+use super::library::{CudaLibraries, Libraries};
 use super::kernel::{Call, DevicePtr, Grid, Kernel};
 use super::{Driver, compiled_modules};
 
@@ -31,6 +32,8 @@ pub struct CudaDevice {
     /// Kernels looked up so far.
     functions: Mutex<HashMap<&'static str, Function>>,
     allocations: Allocations,
+    /// Loaded when they are first asked for.
+    libraries: OnceLock<CudaLibraries>,
 }
 
 /// A handle of the driver's, usable from every thread that has the context current.
@@ -88,6 +91,7 @@ impl CudaDevice {
             modules: HashMap::new(),
             functions: Mutex::default(),
             allocations: Allocations::default(),
+            libraries: OnceLock::new(),
         };
         for module in compiled_modules() {
             // SAFETY: a whole fatbin, 16-byte aligned, embedded in the program.
@@ -267,6 +271,15 @@ impl Driver for CudaDevice {
         Err(not_yet("memory"))
     }
 
+    fn libraries(&self) -> Result<Option<&dyn Libraries>> {
+        if self.libraries.get().is_none() {
+            // SAFETY: the stream is of the context, and both outlive the libraries: see `drop`.
+            let loaded = unsafe { CudaLibraries::new(self.context, self.stream, self.name.clone()) }?;
+            let _ = self.libraries.set(loaded); // one that another thread loaded meanwhile is as good
+        }
+        Ok(self.libraries.get().map(|libraries| libraries as &dyn Libraries))
+    }
+
     fn pinned(&self, _bytes: usize) -> Result<Box<dyn super::Pinned>> {
         Err(not_yet("pinned"))
     }
@@ -316,6 +329,7 @@ impl Drop for CudaDevice {
     fn drop(&mut self) {
         // What goes wrong here has been reported by the call that failed before.
         let _ = self.synchronize();
+        drop(self.libraries.take()); // handles are given back while their context lives
         for (memory, _) in self.allocations.drain() {
             // SAFETY: reserved by `allocate` and not freed since.
             let _ = unsafe { result::free_sync(memory.0) };
