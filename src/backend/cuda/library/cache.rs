@@ -37,8 +37,8 @@ pub enum Algorithm {
 pub struct Machine {
     /// The device's name.
     pub gpu: String,
-    /// As `cuDriverGetVersion` counts.
-    pub driver: i32,
+    /// The newest CUDA that the driver supports.
+    pub driver: [u32; 2],
     /// As `cudnnGetVersion` counts.
     pub cudnn: usize,
     /// As `cublasLtGetVersion` counts.
@@ -56,7 +56,8 @@ impl Machine {
     /// A name for the file, of letters that every file system takes.
     fn file_name(&self) -> String {
         let Machine { gpu, driver, cudnn, cublaslt, engine } = self;
-        let name = format!("algorithms-{gpu}-driver-{driver}-cudnn-{cudnn}-cublaslt-{cublaslt}-engine-{engine}");
+        let [major, minor] = driver;
+        let name = format!("algorithms-{gpu}-driver-{major}.{minor}-cudnn-{cudnn}-cublaslt-{cublaslt}-engine-{engine}");
         let plain = |c: char| if c.is_ascii_alphanumeric() || "-.".contains(c) { c } else { '_' };
         format!("{}.json", name.chars().map(plain).collect::<String>())
     }
@@ -190,7 +191,7 @@ mod tests {
     fn machine() -> Machine {
         Machine {
             gpu: "NVIDIA H100 80GB/HBM3".into(),
-            driver: 13_000,
+            driver: [13, 0],
             cudnn: 91_900,
             cublaslt: 130_002,
             engine: "0.1.0 abc".into(),
@@ -290,7 +291,7 @@ mod tests {
         assert_eq!(found(3), None);
         assert_eq!(
             machine().file_name(),
-            "algorithms-NVIDIA_H100_80GB_HBM3-driver-13000-cudnn-91900-cublaslt-130002-engine-0.1.0_abc.json"
+            "algorithms-NVIDIA_H100_80GB_HBM3-driver-13.0-cudnn-91900-cublaslt-130002-engine-0.1.0_abc.json"
         );
     }
 }

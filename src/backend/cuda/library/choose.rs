@@ -5,11 +5,12 @@ use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use cudarc::driver::{result, sys};
+use cudarc::driver::sys;
 
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
+use super::super::device::{Context, CudaDevice};
 use super::super::{Driver, cast};
 use super::cache::{self, Cache, Key, Machine};
 use super::cublaslt::{self, CublasLt, Matmul, Pointers};
@@ -26,27 +27,12 @@ const TIMES: usize = 5;
 /// cuDNN and cuBLASLt on one device.
 #[derive(Debug)]
 pub struct CudaLibraries {
-    context: Context,
     cudnn: Arc<Cudnn>,
     target: cudnn::Target,
     products: Arc<cublaslt::Handle>,
     cache: Mutex<Cache>,
-}
-
-/// The context that the libraries' calls need to be that of the thread.
-#[derive(Debug, Clone, Copy)]
-struct Context(sys::CUcontext);
-
-// SAFETY: a handle of the driver's, which is thread-safe.
-unsafe impl Send for Context {}
-// SAFETY: as for `Send`.
-unsafe impl Sync for Context {}
-
-impl Context {
-    fn bind(self) -> Result<()> {
-        // SAFETY: the context outlives the libraries: `CudaLibraries::new`.
-        unsafe { result::ctx::set_current(self.0) }.map_err(|e| driver_says(&e))
-    }
+    /// Must be that of the thread in every call of the libraries; outlives their handles.
+    context: Arc<Context>,
 }
 
 impl CudaLibraries {
@@ -56,22 +42,23 @@ impl CudaLibraries {
     /// [`Error::Unsupported`] naming the library that is missing, or that refuses the device.
     ///
     /// # Safety
-    /// The stream is of the context; both outlive what is returned and all that it prepares.
-    pub unsafe fn new(context: sys::CUcontext, stream: sys::CUstream, gpu: String) -> Result<CudaLibraries> {
-        let context = Context(context);
+    /// The stream is of the context, and outlives what is returned and all that it prepares.
+    pub(in super::super) unsafe fn new(
+        context: &Arc<Context>,
+        stream: sys::CUstream,
+        gpu: String,
+    ) -> Result<CudaLibraries> {
         let (cudnn, cublaslt) = (Cudnn::load()?, CublasLt::load()?);
         context.bind()?;
         let stream: *mut c_void = stream.cast();
         // SAFETY: the context was just made current; the rest is the caller's promise.
         let (target, products) =
             unsafe { (cudnn::Target::device(&cudnn, stream)?, cublaslt::Handle::new(&cublaslt, stream)?) };
-        let mut driver = 0;
-        // SAFETY: writes one integer.
-        unsafe { sys::cuDriverGetVersion(&mut driver) }.result().map_err(|e| driver_says(&e))?;
+        let driver = CudaDevice::driver_version()?;
         let (cudnn_version, cublaslt) = (cudnn.version(), cublaslt.version());
         let cache =
             Cache::open(Machine { gpu, driver, cudnn: cudnn_version, cublaslt, engine: Machine::this_engine() });
-        Ok(CudaLibraries { context, cudnn, target, products, cache: Mutex::new(cache) })
+        Ok(CudaLibraries { cudnn, target, products, cache: Mutex::new(cache), context: context.clone() })
     }
 
     fn cache(&self) -> std::sync::MutexGuard<'_, Cache> {
@@ -80,7 +67,7 @@ impl CudaLibraries {
 
     /// The algorithms that may do the work, up to so many of cuDNN and of cuBLASLt.
     fn candidates(&self, key: &Key, [convolutions, products]: [usize; 2]) -> Result<Vec<Chosen>> {
-        let chosen = |algorithm| Chosen { context: self.context, work: key.work, algorithm };
+        let chosen = |algorithm| Chosen { context: self.context.clone(), work: key.work, algorithm };
         let multiplied = |product: &Product| -> Result<Vec<Chosen>> {
             let found = Matmul::candidates(&self.products, product, key.choice.tf32, products)?;
             Ok(found.into_iter().map(|one| chosen(Algorithm::CublasLt(one))).collect())
@@ -114,7 +101,7 @@ impl CudaLibraries {
             .map(Algorithm::CublasLt),
             _ => None,
         };
-        Ok(found.map(|algorithm| Chosen { context: self.context, work: key.work, algorithm }))
+        Ok(found.map(|algorithm| Chosen { context: self.context.clone(), work: key.work, algorithm }))
     }
 
     /// The fastest of the first algorithms, or of many with autotuning; of many as well when the first ones fail.
@@ -156,6 +143,19 @@ impl CudaLibraries {
             }
         }
         best.map(|(_, chosen)| chosen).ok_or_else(|| refused.unwrap_or_else(no_algorithm))
+    }
+}
+
+impl Drop for CudaLibraries {
+    fn drop(&mut self) {
+        // For the handles, which are given back now. What fails has been reported by the call that failed before.
+        let _ = self.context.bind();
+    }
+}
+
+impl Drop for Chosen {
+    fn drop(&mut self) {
+        let _ = self.context.bind(); // as for `CudaLibraries`
     }
 }
 
@@ -221,16 +221,12 @@ fn of_work(error: Error, work: &Work) -> Error {
     }
 }
 
-fn driver_says(error: &result::DriverError) -> Error {
-    Error::Unsupported { what: format!("the CUDA driver: {error}"), hint: None }
-}
-
 /// A piece of work with an algorithm.
 #[derive(Debug)]
 struct Chosen {
-    context: Context,
     work: Work,
     algorithm: Algorithm,
+    context: Arc<Context>,
 }
 
 #[derive(Debug)]
