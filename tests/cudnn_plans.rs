@@ -13,7 +13,7 @@ use simsiam_engine::backend::cuda::library::{Choice, Convolution, Direction, SCR
 use simsiam_engine::graph::{Node, Tape};
 use simsiam_engine::nn::heads::{HeadNorm, Heads, OutBias, PredictorKind};
 use simsiam_engine::nn::resnet::{Arch, ResNet, Stem};
-use simsiam_engine::nn::simsiam::SimSiam;
+use simsiam_engine::nn::simsiam::{SimSiam, StepShape, ViewSource};
 use simsiam_engine::ops::similarity::Kind;
 use simsiam_engine::tensor::{DType, TensorDesc};
 
@@ -58,15 +58,16 @@ fn convolutions(arch: Arch, (size, stem): (usize, Stem), views: usize, dtype: DT
         predictor: PredictorKind::Mlp,
     };
     let model = SimSiam { backbone, heads, similarity: Kind::Cosine, stop_gradient: true, symmetric: true };
-    let tape = model.train_graph(views / 2, size, dtype, false).unwrap().tape;
+    let source = ViewSource::Given { padded: true };
+    let shape = StepShape { batch: views / 2, image_size: size, dtype, keep_gradients: false, source };
+    let tape = model.record_step(&shape).unwrap().tape;
     tape.nodes().iter().filter_map(|node| convolution(&tape, node)).collect()
 }
 
 fn convolution(tape: &Tape, node: &Node) -> Option<Convolution> {
     let descs: Vec<&TensorDesc> = node.inputs.iter().map(|&id| tape.desc(id)).collect();
     match node.op.library_work(&descs)? {
-        // The stem's three channels are padded.
-        Work::Convolution(convolution) => Some(Convolution { c_in: convolution.c_in.max(8), ..convolution }),
+        Work::Convolution(convolution) => Some(convolution),
         Work::Product(_) => None,
     }
 }

@@ -101,6 +101,20 @@ impl CudaDevice {
         self.queue(stream).raw
     }
 
+    /// cuDNN and cuBLASLt on this device, loaded when they are first asked for.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Unsupported`] naming the library that is missing, or that refuses the device.
+    pub fn loaded_libraries(&self) -> Result<&CudaLibraries> {
+        if let Some(loaded) = self.libraries.get() {
+            return Ok(loaded);
+        }
+        self.bind_outside_capture("load NVIDIA's libraries")?;
+        // SAFETY: the stream is of the context, and outlives the libraries: see the order of the fields.
+        let loaded = unsafe { CudaLibraries::new(&self.context, self.compute.raw, self.name.clone()) }?;
+        Ok(self.libraries.get_or_init(|| loaded)) // one that another thread loaded meanwhile is as good
+    }
+
     fn queue(&self, stream: Stream) -> &Queue {
         match stream {
             Stream::Compute => &self.compute,
@@ -224,13 +238,7 @@ impl Driver for CudaDevice {
     }
 
     fn libraries(&self) -> Result<Option<&dyn Libraries>> {
-        if self.libraries.get().is_none() {
-            self.bind_outside_capture("load NVIDIA's libraries")?;
-            // SAFETY: the stream is of the context, and outlives the libraries: see the order of the fields.
-            let loaded = unsafe { CudaLibraries::new(&self.context, self.compute.raw, self.name.clone()) }?;
-            let _ = self.libraries.set(loaded); // one that another thread loaded meanwhile is as good
-        }
-        Ok(self.libraries.get().map(|libraries| libraries as &dyn Libraries))
+        Ok(Some(self.loaded_libraries()?))
     }
 
     fn pinned(&self, bytes: usize) -> Result<Box<dyn Pinned>> {

@@ -61,6 +61,23 @@ impl CudaLibraries {
         Ok(CudaLibraries { cudnn, target, products, cache: Mutex::new(cache), context: context.clone() })
     }
 
+    /// Every algorithm that autotuning would time.
+    pub(super) fn all(&self, work: &Work, accumulate: bool, choice: Choice) -> Result<Vec<Chosen>> {
+        self.candidates(&Key { work: *work, accumulate, choice }, MANY)
+    }
+
+    pub(super) fn bind(&self) -> Result<()> {
+        self.context.bind()
+    }
+
+    pub(super) fn cudnn(&self) -> &Arc<Cudnn> {
+        &self.cudnn
+    }
+
+    pub(super) fn target(&self) -> &cudnn::Target {
+        &self.target
+    }
+
     fn cache(&self) -> std::sync::MutexGuard<'_, Cache> {
         self.cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -221,9 +238,17 @@ fn of_work(error: Error, work: &Work) -> Error {
     }
 }
 
+/// The median time of what `run` starts.
+pub(super) fn median(driver: &dyn Driver, run: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
+    (0..WARM_UP).try_for_each(|_| run())?;
+    let mut times = (0..TIMES).map(|_| driver.time(run)).collect::<Result<Vec<_>>>()?;
+    times.sort_unstable();
+    Ok(times[TIMES / 2])
+}
+
 /// A piece of work with an algorithm.
 #[derive(Debug)]
-struct Chosen {
+pub(super) struct Chosen {
     work: Work,
     algorithm: Algorithm,
     context: Arc<Context>,
@@ -243,17 +268,21 @@ impl Chosen {
         }
     }
 
+    /// cuDNN's plan, if it is one.
+    pub(super) fn plan(&self) -> Option<&Plan> {
+        match &self.algorithm {
+            Algorithm::Cudnn(plan) => Some(plan),
+            Algorithm::CublasLt(_) => None,
+        }
+    }
+
     /// The median time of a run.
     ///
     /// # Safety
     /// As [`Prepared::run`].
-    unsafe fn time(&self, driver: &dyn Driver, operands: &Operands) -> Result<Duration> {
+    pub(super) unsafe fn time(&self, driver: &dyn Driver, operands: &Operands) -> Result<Duration> {
         // SAFETY: the caller's promise.
-        let mut run = || unsafe { self.run(driver, operands) };
-        (0..WARM_UP).try_for_each(|_| run())?;
-        let mut times = (0..TIMES).map(|_| driver.time(&mut run)).collect::<Result<Vec<_>>>()?;
-        times.sort_unstable();
-        Ok(times[TIMES / 2])
+        median(driver, &mut || unsafe { self.run(driver, operands) })
     }
 
     /// # Safety

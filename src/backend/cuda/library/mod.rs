@@ -6,10 +6,14 @@ pub mod cache;
 mod choose;
 pub mod cublaslt;
 pub mod cudnn;
+mod installed;
+mod measure;
 pub mod search;
 mod table;
 
 pub use choose::{CudaLibraries, graph, limits};
+pub use installed::{Installed, installed};
+pub use measure::Measured;
 
 use std::fmt::Debug;
 

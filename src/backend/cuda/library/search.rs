@@ -19,8 +19,6 @@ pub enum Library {
     Nvrtc,
     /// What that compiler loads by its bare name.
     NvrtcBuiltins,
-    /// Names in profiles.
-    Nvtx,
 }
 
 impl Library {
@@ -31,7 +29,6 @@ impl Library {
             Library::Cudnn => "cuDNN",
             Library::Nvrtc => "nvrtc",
             Library::NvrtcBuiltins => "nvrtc-builtins",
-            Library::Nvtx => "NVTX",
         }
     }
 
@@ -48,7 +45,6 @@ impl Library {
                 "libnvrtc-builtins.so.12.9",
                 "libnvrtc-builtins.so.12.8",
             ],
-            Library::Nvtx => &["libnvtx3interop.so.1", "libnvtx3interop.so", "libnvToolsExt.so.1"],
         }
     }
 
@@ -58,7 +54,6 @@ impl Library {
             Library::CublasLt => &["cu13/lib", "cublas/lib"],
             Library::Cudnn => &["cudnn/lib"],
             Library::Nvrtc | Library::NvrtcBuiltins => &["cu13/lib", "cuda_nvrtc/lib"],
-            Library::Nvtx => &["cu13/lib", "nvtx/lib"],
         }
     }
 
@@ -68,7 +63,6 @@ impl Library {
             Library::CublasLt => "`pip install nvidia-cublas`, or name its folder in SIMSIAM_CUDA_LIBS",
             Library::Cudnn => "`pip install nvidia-cudnn-cu13 nvidia-cublas`, or name its folder in SIMSIAM_CUDA_LIBS",
             Library::Nvrtc | Library::NvrtcBuiltins => "`pip install nvidia-cuda-nvrtc`: for cuDNN's fused engines only",
-            Library::Nvtx => "`pip install nvidia-nvtx`: for names in profiles only",
         }
     }
 }
