@@ -132,7 +132,9 @@ fn every_convolution_of_the_resnets_has_a_plan_on_every_device() {
     let mut without = vec![];
     for (((device, _), (precision, ..)), tally) in jobs.iter().zip(&tallies) {
         let Tally { works, tensor_cores, workspace, .. } = tally;
-        println!("{device:<7} {precision:<5} {works} works, {tensor_cores} on tensor cores, workspace up to {workspace} bytes");
+        println!(
+            "{device:<7} {precision:<5} {works} works, {tensor_cores} on tensor cores, workspace up to {workspace} bytes"
+        );
         assert!(*works > 300, "{works} works only: the tape was not read");
         without.extend(tally.without.iter().map(|one| format!("{device} {precision}: {one}")));
         // In 16 bits nothing else is fast enough.

@@ -135,7 +135,10 @@ impl Found {
     fn print(&self, out: &mut dyn Write) -> io::Result<()> {
         let DeviceFacts { ordinal, name, capability: [major, minor], multiprocessors, memory, code } = &self.facts;
         let gb = |bytes: usize| bytes as f64 / 1e9;
-        write!(out, "device {ordinal:<3} {name}, compute capability {major}.{minor}, {multiprocessors} multiprocessors, ")?;
+        write!(
+            out,
+            "device {ordinal:<3} {name}, compute capability {major}.{minor}, {multiprocessors} multiprocessors, "
+        )?;
         write!(out, "{:.2} GB", gb(*memory))?;
         if let Ok(memory) = &self.memory {
             write!(out, ", {:.2} GB free", gb(memory.free))?;

@@ -110,7 +110,11 @@ fn write_table(out: &mut dyn Write, nodes: &[String], c: &Convolution, measured:
     let [kh, kw] = c.kernel;
     let Convolution { direction, n, h, w, c_in, c_out, stride, .. } = c;
     let more = if nodes.len() > 1 { format!(" and {} more", nodes.len() - 1) } else { String::new() };
-    writeln!(out, "{direction:?} of {n}x{h}x{w}, {c_in} to {c_out} channels, {kh}x{kw} by {}: {}{more}", stride[0], nodes[0])?;
+    writeln!(
+        out,
+        "{direction:?} of {n}x{h}x{w}, {c_in} to {c_out} channels, {kh}x{kw} by {}: {}{more}",
+        stride[0], nodes[0]
+    )?;
     for Measured { what, algorithm, workspace, time } in measured {
         write!(out, "  {what:<27} {algorithm:<28} {:>9.1} MiB ", *workspace as f64 / f64::from(1 << 20))?;
         match time {

@@ -124,9 +124,8 @@ impl Cache {
         let mut choices: Vec<(Key, Algorithm)> = all.into_iter().collect();
         choices.sort_by_cached_key(|(key, _)| format!("{key:?}"));
         let content = Content { machine: self.machine.clone(), choices };
-        let text = serde_json::to_string_pretty(&content).map_err(|error| {
-            Error::Internal { thread: "algorithm cache".into(), message: error.to_string() }
-        })?;
+        let text = serde_json::to_string_pretty(&content)
+            .map_err(|error| Error::Internal { thread: "algorithm cache".into(), message: error.to_string() })?;
         write_atomic(path, |out| out.write_all(text.as_bytes()))?;
         self.changed = false;
         Ok(())
@@ -283,9 +282,8 @@ mod tests {
     #[test]
     fn the_folder_is_the_first_that_is_named() {
         let all = [("SIMSIAM_CACHE", "/mine"), ("XDG_CACHE_HOME", "/xdg"), ("HOME", "/home/me")];
-        let found = |from: usize| {
-            folder(|name| all[from..].iter().find(|(n, _)| *n == name).map(|(_, value)| value.into()))
-        };
+        let found =
+            |from: usize| folder(|name| all[from..].iter().find(|(n, _)| *n == name).map(|(_, value)| value.into()));
         let expected = ["/mine", "/xdg/simsiam-engine", "/home/me/.cache/simsiam-engine"];
         assert_eq!([0, 1, 2].map(found), expected.map(|path| Some(PathBuf::from(path))));
         assert_eq!(found(3), None);

@@ -213,12 +213,7 @@ pub fn limits(convolution: &Convolution, choice: Choice) -> Limits {
 ///
 /// # Errors
 /// As [`Graph::new`].
-pub fn graph(
-    cudnn: &Arc<Cudnn>,
-    target: &cudnn::Target,
-    convolution: &Convolution,
-    accumulate: bool,
-) -> Result<Graph> {
+pub fn graph(cudnn: &Arc<Cudnn>, target: &cudnn::Target, convolution: &Convolution, accumulate: bool) -> Result<Graph> {
     // What is staged is added when it is converted.
     let staged = Work::Convolution(*convolution).staging(accumulate) > 0;
     let epilogue = if accumulate && !staged { Epilogue::Accumulate } else { Epilogue::None };

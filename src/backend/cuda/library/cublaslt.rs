@@ -217,7 +217,8 @@ struct Described {
 impl Described {
     fn new(library: &CublasLt, product: &Product, tf32: bool) -> Result<Described> {
         let functions = &library.functions;
-        let compute = if tf32 && product.dtype == DType::F32 { CUBLAS_COMPUTE_32F_FAST_TF32 } else { CUBLAS_COMPUTE_32F };
+        let compute =
+            if tf32 && product.dtype == DType::F32 { CUBLAS_COMPUTE_32F_FAST_TF32 } else { CUBLAS_COMPUTE_32F };
         let matrices = column_major(product);
         let operation = Owned::new(library, functions.cublasLtMatmulDescDestroy, "describe a product", |raw| {
             // SAFETY: writes the descriptor.

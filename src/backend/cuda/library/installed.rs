@@ -70,11 +70,10 @@ mod tests {
     #[test]
     fn what_is_absent_says_so() {
         let all = installed();
-        assert_eq!(all.iter().map(|one| (one.name, one.needed)).collect::<Vec<_>>(), [
-            ("cuBLASLt", true),
-            ("cuDNN", true),
-            ("nvrtc", false)
-        ]);
+        assert_eq!(
+            all.iter().map(|one| (one.name, one.needed)).collect::<Vec<_>>(),
+            [("cuBLASLt", true), ("cuDNN", true), ("nvrtc", false)]
+        );
         for one in &all {
             match &one.found {
                 Ok((version, path)) => assert!(version.contains('.') && path.exists(), "{one:?}"),

@@ -62,7 +62,9 @@ impl Library {
         match self {
             Library::CublasLt => "`pip install nvidia-cublas`, or name its folder in SIMSIAM_CUDA_LIBS",
             Library::Cudnn => "`pip install nvidia-cudnn-cu13 nvidia-cublas`, or name its folder in SIMSIAM_CUDA_LIBS",
-            Library::Nvrtc | Library::NvrtcBuiltins => "`pip install nvidia-cuda-nvrtc`: for cuDNN's fused engines only",
+            Library::Nvrtc | Library::NvrtcBuiltins => {
+                "`pip install nvidia-cuda-nvrtc`: for cuDNN's fused engines only"
+            }
         }
     }
 }
@@ -87,7 +89,7 @@ pub fn find(wanted: Library) -> Result<Mapped> {
     if let Some(mapped) = found.get(&wanted) {
         return Ok(mapped.clone());
     }
-    let mapped = map(wanted, &places(wanted, &Surroundings::of_process()))?;
+    let mapped = map(wanted, &places(wanted, &OfProcess))?;
     found.insert(wanted, mapped.clone());
     Ok(mapped)
 }
@@ -103,28 +105,37 @@ pub fn prepare_run_time_compilation() {
 }
 
 /// What decides where is looked.
-struct Surroundings<'a> {
-    /// The value of an environment variable.
-    variable: Box<dyn Fn(&str) -> Option<OsString> + 'a>,
-    /// The `site-packages/nvidia` folders of a Python installation, by its prefix.
-    site_packages: Box<dyn Fn(&Path) -> Vec<PathBuf> + 'a>,
-    /// The prefixes of the `python3` in a folder.
-    prefixes: Box<dyn Fn(&Path) -> Vec<PathBuf> + 'a>,
+trait Surroundings {
+    /// The value of an environment variable that is set and not empty.
+    fn variable(&self, name: &str) -> Option<OsString>;
+
+    /// The prefixes of the `python3` in a folder of PATH.
+    fn prefixes(&self, folder: &Path) -> Vec<PathBuf>;
+
+    /// The folders that NVIDIA's Python packages install into, below an installation's prefix.
+    fn site_packages(&self, prefix: &Path) -> Vec<PathBuf>;
 }
 
-impl Surroundings<'static> {
-    fn of_process() -> Surroundings<'static> {
-        Surroundings {
-            variable: Box::new(|name| std::env::var_os(name).filter(|value| !value.is_empty())),
-            site_packages: Box::new(site_packages),
-            prefixes: Box::new(python_prefixes),
-        }
+/// Those of this process.
+struct OfProcess;
+
+impl Surroundings for OfProcess {
+    fn variable(&self, name: &str) -> Option<OsString> {
+        std::env::var_os(name).filter(|value| !value.is_empty())
+    }
+
+    fn prefixes(&self, folder: &Path) -> Vec<PathBuf> {
+        python_prefixes(folder)
+    }
+
+    fn site_packages(&self, prefix: &Path) -> Vec<PathBuf> {
+        site_packages(prefix)
     }
 }
 
 /// Where `wanted` may lie, in the order in which it is looked for: a file name alone is for the system's loader.
-fn places(wanted: Library, around: &Surroundings<'_>) -> Vec<PathBuf> {
-    let paths = |name| (around.variable)(name).map_or(vec![], |value| std::env::split_paths(&value).collect::<Vec<_>>());
+fn places(wanted: Library, around: &impl Surroundings) -> Vec<PathBuf> {
+    let paths = |name| around.variable(name).map_or(vec![], |value| std::env::split_paths(&value).collect::<Vec<_>>());
     let mut folders = paths("SIMSIAM_CUDA_LIBS");
     folders.push(PathBuf::new()); // the loader's own: LD_LIBRARY_PATH, its cache, the system's folders
     let toolkits = ["CUDA_HOME", "CUDA_PATH"].map(paths).concat().into_iter().chain([PathBuf::from("/usr/local/cuda")]);
@@ -132,8 +143,8 @@ fn places(wanted: Library, around: &Surroundings<'_>) -> Vec<PathBuf> {
         folders.extend(["lib64", "lib", "targets/x86_64-linux/lib"].map(|folder| toolkit.join(folder)));
     }
     let mut prefixes = ["VIRTUAL_ENV", "CONDA_PREFIX"].map(paths).concat();
-    prefixes.extend(paths("PATH").iter().flat_map(|folder| (around.prefixes)(folder)));
-    for nvidia in prefixes.iter().flat_map(|prefix| (around.site_packages)(prefix)) {
+    prefixes.extend(paths("PATH").iter().flat_map(|folder| around.prefixes(folder)));
+    for nvidia in prefixes.iter().flat_map(|prefix| around.site_packages(prefix)) {
         folders.extend(wanted.packages().iter().map(|package| nvidia.join(package)));
     }
     let mut places: Vec<PathBuf> = vec![];
@@ -191,7 +202,10 @@ fn map(wanted: Library, places: &[PathBuf]) -> Result<Mapped> {
     let (name, file) = (wanted.name(), wanted.files()[0]);
     let what = match refused.first() {
         Some(reason) => format!("{name} cannot be loaded: {reason}"),
-        None => format!("{name} ({file}) was not found in {} places (SIMSIAM_CUDA_LIBS, the loader's, CUDA_HOME, /usr/local/cuda, Python's packages)", places.len()),
+        None => format!(
+            "{name} ({file}) was not found in {} places (SIMSIAM_CUDA_LIBS, the loader's, CUDA_HOME, /usr/local/cuda, Python's packages)",
+            places.len()
+        ),
     };
     Err(Error::Unsupported { what, hint: Some(wanted.hint().into()) })
 }
@@ -209,18 +223,25 @@ fn mapped_path(name: &Path) -> PathBuf {
 mod tests {
     use super::*;
 
-    fn surroundings(variables: &'static [(&'static str, &'static str)]) -> Surroundings<'static> {
-        let variable = move |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).into());
-        Surroundings {
-            variable: Box::new(variable),
-            site_packages: Box::new(|prefix| vec![prefix.join("lib/python3.11/site-packages/nvidia")]),
-            prefixes: Box::new(|folder| if folder == Path::new("/opt/py/bin") { vec!["/opt/py".into()] } else { vec![] }),
+    struct Told(&'static [(&'static str, &'static str)]);
+
+    impl Surroundings for Told {
+        fn variable(&self, name: &str) -> Option<OsString> {
+            self.0.iter().find(|(told, _)| *told == name).map(|(_, value)| (*value).into())
+        }
+
+        fn prefixes(&self, folder: &Path) -> Vec<PathBuf> {
+            if folder == Path::new("/opt/py/bin") { vec!["/opt/py".into()] } else { vec![] }
+        }
+
+        fn site_packages(&self, prefix: &Path) -> Vec<PathBuf> {
+            vec![prefix.join("lib/python3.11/site-packages/nvidia")]
         }
     }
 
     #[test]
     fn is_looked_for_in_the_promised_order() {
-        let around = surroundings(&[
+        let around = Told(&[
             ("SIMSIAM_CUDA_LIBS", "/mine:/yours"),
             ("CUDA_HOME", "/cuda"),
             ("VIRTUAL_ENV", "/venv"),
@@ -253,7 +274,7 @@ mod tests {
 
     #[test]
     fn no_place_is_named_twice() {
-        let around = surroundings(&[("CUDA_HOME", "/usr/local/cuda"), ("CUDA_PATH", "/usr/local/cuda")]);
+        let around = Told(&[("CUDA_HOME", "/usr/local/cuda"), ("CUDA_PATH", "/usr/local/cuda")]);
         let all = places(Library::Cudnn, &around);
         assert_eq!(all.len(), 4, "{all:?}");
     }
@@ -272,7 +293,10 @@ mod tests {
         let file = folder.path().join("libcublasLt.so.13");
         std::fs::write(&file, "no ELF file").unwrap();
         let message = map(Library::CublasLt, &[folder.path().join("libcublasLt.so.12"), file]).unwrap_err().to_string();
-        assert!(message.starts_with("cuBLASLt cannot be loaded: ") && message.contains("libcublasLt.so.13"), "{message}");
+        assert!(
+            message.starts_with("cuBLASLt cannot be loaded: ") && message.contains("libcublasLt.so.13"),
+            "{message}"
+        );
     }
 
     #[test]

@@ -95,9 +95,8 @@ fn the_library_has_understood_the_descriptors() {
     assert_eq!(layout(1), [CUDA_R_16BF as u64, 0, 30, 70, 30]);
     assert_eq!(layout(2), [CUDA_R_32F as u64, 0, 50, 30, 50]);
     let preferences = preferences(&library).unwrap();
-    let preference = |which, size| {
-        attribute(functions.cublasLtMatmulPreferenceGetAttribute, preferences.raw, which, size)
-    };
+    let preference =
+        |which, size| attribute(functions.cublasLtMatmulPreferenceGetAttribute, preferences.raw, which, size);
     assert_eq!([preference(1, 8), preference(3, 4)], [SCRATCH as u64, 2]);
     assert_eq!([5, 6, 7, 8].map(|which| preference(which, 4)), [64; 4]);
     let tf32 = Product { dtype: DType::F32, ..product(2, 3, 4, false, false) };

@@ -89,7 +89,7 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    fn new(&self, descriptor: i32) -> Result<Descriptor> {
+    fn empty(&self, descriptor: i32) -> Result<Descriptor> {
         Descriptor::new(self.cudnn, descriptor)
     }
 
@@ -125,7 +125,7 @@ impl Builder<'_> {
         let [_, channels, height, width] = sizes;
         let strides = [channels * height * width, 1, channels * width, channels];
         let tensor = self
-            .new(descriptor::TENSOR)?
+            .empty(descriptor::TENSOR)?
             .set(attribute::TENSOR_DATA_TYPE, kind::DATA_TYPE, &[data])?
             .set(attribute::TENSOR_DIMENSIONS, kind::INT64, &sizes)?
             .set(attribute::TENSOR_STRIDES, kind::INT64, &strides)?
@@ -143,7 +143,7 @@ impl Builder<'_> {
             _ => self.tensor(name),
         };
         let operation = self
-            .new(names.operation)?
+            .empty(names.operation)?
             .refer(names.x, &[&tensor(Tensor::X)?])?
             .refer(names.w, &[&tensor(Tensor::W)?])?
             .refer(names.y, &[&tensor(Tensor::Y)?])?
@@ -157,7 +157,7 @@ impl Builder<'_> {
         let two = |sizes: [usize; 2]| sizes.map(|size| size as i64);
         let (padding, stride) = (two(self.convolution.padding), two(self.convolution.stride));
         let geometry = self
-            .new(descriptor::CONVOLUTION)?
+            .empty(descriptor::CONVOLUTION)?
             .set(attribute::CONVOLUTION_COMP_TYPE, kind::DATA_TYPE, &[data::FLOAT])?
             .set(attribute::CONVOLUTION_CONV_MODE, kind::CONVOLUTION_MODE, &[c::CROSS_CORRELATION])?
             .set(attribute::CONVOLUTION_SPATIAL_DIMS, kind::INT64, &[2i64])?
@@ -171,12 +171,12 @@ impl Builder<'_> {
     /// result = inner + addend.
     fn add(&self, inner: &Arc<Descriptor>) -> Result<Arc<Descriptor>> {
         let addition = self
-            .new(descriptor::POINTWISE)?
+            .empty(descriptor::POINTWISE)?
             .set(attribute::POINTWISE_MODE, kind::POINTWISE_MODE, &[c::POINTWISE_ADD])?
             .set(attribute::POINTWISE_MATH_PREC, kind::DATA_TYPE, &[data::FLOAT])?;
         let addition = Arc::new(addition.finish("describe an addition")?);
         let operation = self
-            .new(descriptor::OPERATION_POINTWISE)?
+            .empty(descriptor::OPERATION_POINTWISE)?
             .refer(attribute::OPERATION_POINTWISE_PW_DESCRIPTOR, &[&addition])?
             .refer(attribute::OPERATION_POINTWISE_XDESC, &[inner])?
             .refer(attribute::OPERATION_POINTWISE_BDESC, &[&self.result(Tensor::Addend, false)?])?
@@ -191,14 +191,11 @@ impl Builder<'_> {
         }
         let sizes = [1, self.convolution.c_out as i64, 1, 1];
         let operation = self
-            .new(descriptor::OPERATION_GEN_STATS)?
+            .empty(descriptor::OPERATION_GEN_STATS)?
             .refer(attribute::OPERATION_GENSTATS_XDESC, &[of])?
             .set(attribute::OPERATION_GENSTATS_MODE, kind::GENSTATS_MODE, &[c::GENSTATS_SUM_SQSUM])?
             .set(attribute::OPERATION_GENSTATS_MATH_PREC, kind::DATA_TYPE, &[data::FLOAT])?
-            .refer(
-                attribute::OPERATION_GENSTATS_SUMDESC,
-                &[&self.described(Tensor::Sum, sizes, data::FLOAT, false)?],
-            )?
+            .refer(attribute::OPERATION_GENSTATS_SUMDESC, &[&self.described(Tensor::Sum, sizes, data::FLOAT, false)?])?
             .refer(
                 attribute::OPERATION_GENSTATS_SQSUMDESC,
                 &[&self.described(Tensor::SquareSum, sizes, data::FLOAT, false)?],

@@ -159,7 +159,9 @@ impl Graph {
         let plan = Descriptor::new(self.descriptor.cudnn(), descriptor::EXECUTION_PLAN)?
             .refer(attribute::EXECUTION_PLAN_ENGINE_CONFIG, &[&candidate.config])?;
         let plan = match &self.target {
-            Target::Device(handle) => plan.pointers(attribute::EXECUTION_PLAN_HANDLE, kind::HANDLE, &[*handle.raw()])?,
+            Target::Device(handle) => {
+                plan.pointers(attribute::EXECUTION_PLAN_HANDLE, kind::HANDLE, &[*handle.raw()])?
+            }
             Target::Described(_) => plan,
         };
         let plan = plan.finish("make a plan")?;
