@@ -4,6 +4,7 @@ mod augment_args;
 mod augment_preview;
 mod bench;
 mod demo;
+mod devices;
 mod export;
 mod facts;
 mod inspect;
@@ -64,6 +65,8 @@ enum Command {
     Export(export::ExportArgs),
     /// Measure a part of the engine on this machine, and name what holds it up.
     Bench(bench::BenchArgs),
+    /// Show the GPUs of this machine and NVIDIA's libraries, or why there are none.
+    Devices(devices::DevicesArgs),
     /// Show the CUDA kernels in this program and what they take of a device.
     Kernels(kernels::KernelsArgs),
     /// Compare the engine with results that PyTorch computed.
@@ -94,6 +97,7 @@ fn run(command: Command) -> Result<()> {
         Command::Plan(args) => plan::run(args),
         Command::Export(args) => export::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Devices(args) => devices::run(&args),
         Command::Kernels(args) => kernels::run(&args),
         Command::Selftest(args) => selftest::run(args),
     }

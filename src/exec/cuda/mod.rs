@@ -99,10 +99,10 @@ impl CudaExecutor {
             let operands = library::operands(&self.io(index, 0));
             // SAFETY: the planner reserved every tensor as its shape says, from which the op made `work`, and
             // `Work::workspace` bytes of workspace.
-            unsafe { libraries.prepare(work, &operands, self.options.choice) }.map(Some)
+            unsafe { libraries.prepare(driver, work, &operands, self.options.choice) }.map(Some)
         };
         let prepared = works.iter().enumerate().map(prepare).collect::<Result<_>>()?;
-        libraries.remember()?;
+        libraries.remember();
         Ok(prepared)
     }
 
@@ -136,7 +136,7 @@ impl CudaExecutor {
         let io = self.io(index, slot);
         match &self.prepared[index] {
             // SAFETY: as when it was prepared: the places of the node's tensors, of which only an input's copy may differ.
-            Some(prepared) => unsafe { prepared.run(&library::operands(&io)) },
+            Some(prepared) => unsafe { prepared.run(io.driver, &library::operands(&io)) },
             None if node.op.library_work(&self.input_descs(node)).is_some() => library::answer_on_host(&node.op, &io),
             None => node.op.cuda(&io),
         }
