@@ -1,9 +1,10 @@
 //! `bench`: how fast a part of the engine is on this machine, and what holds it up.
 
-mod ceilings;
+pub(super) mod ceilings;
 mod loader;
 mod op_cases;
-mod ops;
+pub(super) mod ops;
+mod step;
 
 use clap::Subcommand;
 
@@ -21,11 +22,14 @@ enum Part {
     Loader(loader::LoaderArgs),
     /// Time every op that has a kernel of its own at ResNet-50's shapes, against what the device can do at best.
     Ops(ops::OpsArgs),
+    /// Time whole training steps: images/s, memory, and what part of the device's arithmetic is used.
+    Step(Box<step::StepArgs>),
 }
 
 pub fn run(args: BenchArgs) -> Result<()> {
     match args.part {
         Part::Loader(args) => loader::run(&args),
         Part::Ops(args) => ops::run(&args),
+        Part::Step(args) => step::run(&args),
     }
 }

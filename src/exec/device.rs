@@ -29,6 +29,11 @@ impl Device {
         })
     }
 
+    /// Whether it is a GPU, and not the CPU by itself or in disguise.
+    pub fn is_gpu(&self) -> bool {
+        matches!(self, Device::Cuda(driver) if !driver.emulated())
+    }
+
     /// Whether convolutions and matrix products are to be had on it.
     pub fn has_libraries(&self) -> bool {
         match self {
