@@ -69,6 +69,21 @@ pub enum Error {
         /// Path of the newest checkpoint with finite weights, or "none".
         checkpoint: String,
     },
+    /// A plan does not fit into a device's memory.
+    #[error(
+        "out of memory: the plan needs {:.2} GB, {device} has {:.2} GB free{}",
+        *needed as f64 / 1e9, *free as f64 / 1e9, hinted(.hint)
+    )]
+    OutOfMemory {
+        /// The device's name.
+        device: String,
+        /// Bytes that are needed, with what the libraries take besides.
+        needed: usize,
+        /// Bytes that are free.
+        free: usize,
+        /// What would fit.
+        hint: Option<String>,
+    },
     /// Something this build or machine cannot do.
     #[error("{what}{}", hinted(.hint))]
     Unsupported {
@@ -121,7 +136,11 @@ impl Error {
 
     /// Adds (or replaces) the hint of variants that carry one.
     pub fn with_hint(mut self, text: impl Into<String>) -> Error {
-        if let Error::Format { hint, .. } | Error::Config { hint, .. } | Error::Unsupported { hint, .. } = &mut self {
+        if let Error::Format { hint, .. }
+        | Error::Config { hint, .. }
+        | Error::OutOfMemory { hint, .. }
+        | Error::Unsupported { hint, .. } = &mut self
+        {
             *hint = Some(text.into());
         }
         self

@@ -11,7 +11,6 @@ use super::output::print;
 use super::workload::{Workload, WorkloadArgs, check, quartiles};
 use crate::atomic::write_atomic;
 use crate::error::Result;
-use crate::exec::Executor;
 use crate::graph::Phase;
 use crate::report::chart::bars::{Bar, BarChart, BarPanel, write_bars};
 
@@ -22,7 +21,6 @@ const WARMUP: [usize; 2] = [1, 5];
 const MAX_ROUNDS: usize = 10_000;
 /// Bars of a chart; kinds of ops that are not among the slowest are left out of it.
 const BARS: usize = 16;
-const PHASES: [Phase; 3] = [Phase::Forward, Phase::Backward, Phase::Update];
 
 #[derive(Debug, clap::Args)]
 pub struct ProfileArgs {
@@ -138,7 +136,7 @@ impl Profile {
         let on_gpu = usize::from(workload.device.is_gpu());
         let (rounds, warmup) = (args.steps.unwrap_or(ROUNDS[on_gpu]), args.warmup.unwrap_or(WARMUP[on_gpu]));
         workload.run(warmup)?;
-        let times = time_nodes(&mut *workload.executor, rounds)?;
+        let times = time_nodes(&mut workload, rounds)?;
         let mut steps = (0..rounds).map(|_| Ok(workload.run(1)?.as_secs_f64())).collect::<Result<Vec<f64>>>()?;
         steps.sort_by(f64::total_cmp);
         let loss = workload.loss()?;
@@ -195,7 +193,7 @@ impl Profile {
         self.table(
             out,
             ["phase", "", ""],
-            PHASES.map(|p| ([name(p).into(), String::new(), String::new()], self.phase(p))),
+            Phase::ALL.map(|p| ([name(p).into(), String::new(), String::new()], self.phase(p))),
         )?;
         let row =
             |(op, phase, cost): (&str, Phase, Cost)| ([op.into(), name(phase).into(), format!("{}", cost.nodes)], cost);
@@ -248,7 +246,7 @@ impl Profile {
             }
             json
         };
-        let phases = PHASES.map(|phase| with(json!({ "phase": name(phase) }), self.phase(phase).json(total)));
+        let phases = Phase::ALL.map(|phase| with(json!({ "phase": name(phase) }), self.phase(phase).json(total)));
         let ops = self
             .ops()
             .into_iter()
@@ -279,7 +277,7 @@ impl Profile {
 
     fn chart(&self, top: usize) -> BarChart {
         let bar = |label: String, phase: Phase, cost: &Cost| {
-            let group = PHASES.iter().position(|p| *p == phase).unwrap_or(0);
+            let group = Phase::ALL.iter().position(|p| *p == phase).unwrap_or(0);
             let cells = vec![time(cost.time), percent(cost.time / self.total.time), percent(cost.of_roofline())];
             Bar { label, value: cost.time, full: cost.floor, group, cells }
         };
@@ -296,7 +294,7 @@ impl Profile {
         BarChart {
             title: self.workload.title(),
             subtitle: format!("{}: {speed}", self.workload.device_name()),
-            groups: PHASES.map(|phase| name(phase).to_string()).to_vec(),
+            groups: Phase::ALL.map(|phase| name(phase).to_string()).to_vec(),
             key: "full colour: the least time by the roofline".into(),
             columns: ["time", "share", "of roofline"].map(String::from).to_vec(),
             panels,
@@ -305,9 +303,14 @@ impl Profile {
 }
 
 /// Times of every node, round by round.
-fn time_nodes(executor: &mut dyn Executor, rounds: usize) -> Result<Vec<Vec<Duration>>> {
+fn time_nodes(workload: &mut Workload, rounds: usize) -> Result<Vec<Vec<Duration>>> {
+    let executor = &mut *workload.executor;
     let mut times = vec![Vec::with_capacity(rounds); executor.tape().nodes().len()];
     for _ in 0..rounds {
+        // While a GPU is at work on this step, the nodes of the next queue up, and it need not wait for any of them.
+        if workload.device.is_gpu() {
+            executor.run_step()?;
+        }
         times.iter_mut().zip(executor.run_timed()?).for_each(|(of_node, time)| of_node.push(time));
     }
     Ok(times)

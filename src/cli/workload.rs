@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::bench::ceilings::{Ceilings, matrix_product};
-use super::bench::ops::device_name;
 use super::device::{Device, Precision};
 use super::model_args::{ModelArgs, arch_name};
 use super::plan::flops;
@@ -178,7 +177,7 @@ impl Workload {
     }
 
     pub fn device_name(&self) -> String {
-        device_name(&self.device)
+        self.device.name()
     }
 
     /// The fields that every report has.

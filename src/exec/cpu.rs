@@ -1,5 +1,6 @@
 //! The CPU executor: runs the planned nodes one after the other in one arena; each op is parallel inside.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use crate::backend::cpu::arena::{Arena, Slot};
@@ -17,6 +18,9 @@ pub struct CpuExecutor {
     program: Program,
     arena: Arena,
     tier: Tier,
+    watched: Vec<ValueId>,
+    /// The watched values of the steps that were not collected, oldest first.
+    results: VecDeque<Vec<HostTensor>>,
 }
 
 impl CpuExecutor {
@@ -27,7 +31,20 @@ impl CpuExecutor {
     pub fn new(tape: Tape, tier: Tier) -> Result<CpuExecutor> {
         let program = Program::new(tape, Target::Cpu)?;
         let arena = Arena::new(program.plan.memory.total)?;
-        Ok(CpuExecutor { program, arena, tier })
+        Ok(CpuExecutor::with(program, arena, tier))
+    }
+
+    fn with(program: Program, arena: Arena, tier: Tier) -> CpuExecutor {
+        CpuExecutor { program, arena, tier, watched: Vec::new(), results: VecDeque::new() }
+    }
+
+    fn after_step(&mut self) -> Result<()> {
+        if self.watched.is_empty() {
+            return Ok(());
+        }
+        let results = self.watched.iter().map(|&value| self.read(value)).collect::<Result<_>>()?;
+        self.results.push_back(results);
+        Ok(())
     }
 
     /// As [`CpuExecutor::new`] for finding faults: every byte starts as 0xFF (NaN in all float types), and buffers are
@@ -40,10 +57,10 @@ impl CpuExecutor {
         let bytes = program.plan.memory.total;
         let mut arena = Arena::new(bytes)?;
         arena.slice_mut(Slot { offset: 0, bytes }).fill(POISON);
-        Ok(CpuExecutor { program, arena, tier })
+        Ok(CpuExecutor::with(program, arena, tier))
     }
 
-    fn run_node(&mut self, index: usize) -> Result<()> {
+    fn compute(&mut self, index: usize) -> Result<()> {
         let Program { tape, plan } = &self.program;
         let (node, planned) = (&tape.nodes()[index], &plan.nodes[index]);
         if node.op.is_view() {
@@ -84,7 +101,42 @@ impl CpuExecutor {
 
 impl Executor for CpuExecutor {
     fn run_phase(&mut self, phase: Phase) -> Result<()> {
-        self.program.nodes_of(phase).into_iter().try_for_each(|index| self.run_node(index))
+        self.program.nodes_of(phase).into_iter().try_for_each(|index| self.compute(index))
+    }
+
+    fn run_step(&mut self) -> Result<()> {
+        Phase::ALL.into_iter().try_for_each(|phase| self.run_phase(phase))?;
+        self.after_step()
+    }
+
+    fn check_step(&mut self) -> Result<Option<String>> {
+        for phase in Phase::ALL {
+            if let Some(node) = self.first_non_finite(phase)? {
+                return Ok(Some(node));
+            }
+        }
+        self.after_step().map(|()| None)
+    }
+
+    fn run_node(&mut self, index: usize) -> Result<()> {
+        self.compute(index)
+    }
+
+    fn stage(&mut self, value: ValueId, bytes: &[u8]) -> Result<()> {
+        let slot = self.program.slot_to_stage(value, bytes.len())?;
+        self.arena.slice_mut(Slot { bytes: bytes.len(), ..slot }).copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn watch(&mut self, values: &[ValueId]) -> Result<()> {
+        values.iter().try_for_each(|&value| self.program.slot_to_read(value).map(|_| ()))?;
+        self.watched = values.to_vec();
+        self.results.clear();
+        Ok(())
+    }
+
+    fn collect(&mut self, in_flight: usize) -> Result<Option<Vec<HostTensor>>> {
+        Ok(if self.results.len() > in_flight { self.results.pop_front() } else { None })
     }
 
     fn finish(&mut self) -> Result<()> {
@@ -95,7 +147,7 @@ impl Executor for CpuExecutor {
         let nodes = self.program.tape.nodes().len();
         let timed = |index| {
             let start = Instant::now();
-            self.run_node(index).map(|()| start.elapsed())
+            self.compute(index).map(|()| start.elapsed())
         };
         (0..nodes).map(timed).collect()
     }
@@ -111,6 +163,17 @@ impl Executor for CpuExecutor {
         HostTensor::from_bytes(desc.clone(), self.arena.slice(slot).to_vec())
     }
 
+    fn peek(&self, value: ValueId) -> Result<HostTensor> {
+        let bytes = self.arena.slice(self.program.plan.slot(value)).to_vec();
+        HostTensor::from_bytes(self.tape().desc(value).clone(), bytes)
+    }
+
+    fn poke(&mut self, value: ValueId, bytes: &[u8]) -> Result<()> {
+        let slot = Slot { bytes: bytes.len(), ..self.program.plan.slot(value) };
+        self.arena.slice_mut(slot).copy_from_slice(bytes);
+        Ok(())
+    }
+
     fn tape(&self) -> &Tape {
         &self.program.tape
     }
@@ -124,7 +187,7 @@ impl Executor for CpuExecutor {
             return Ok(Some(leaf));
         }
         for index in self.program.nodes_of(phase) {
-            self.run_node(index)?;
+            self.compute(index)?;
             let node = &self.program.tape.nodes()[index];
             if !node.outputs.iter().chain(&node.updates).all(|&value| self.is_finite(value)) {
                 return Ok(Some(format!("{} ({})", node.name, node.op.name())));

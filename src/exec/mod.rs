@@ -6,7 +6,7 @@ mod device;
 mod program;
 
 pub use cpu::CpuExecutor;
-pub use cuda::CudaExecutor;
+pub use cuda::{CudaExecutor, Options};
 pub use device::Device;
 
 use std::time::Duration;
@@ -23,13 +23,24 @@ pub trait Executor: Send {
     /// What a node finds wrong at run time.
     fn run_phase(&mut self, phase: Phase) -> Result<()>;
 
-    /// Runs a whole step: forward, backward, update.
+    /// Runs a whole step: forward, backward, update. A device may still be at work when this returns, with the step before
+    /// too.
     ///
     /// # Errors
     /// As [`Executor::run_phase`].
-    fn run_step(&mut self) -> Result<()> {
-        [Phase::Forward, Phase::Backward, Phase::Update].into_iter().try_for_each(|phase| self.run_phase(phase))
-    }
+    fn run_step(&mut self) -> Result<()>;
+
+    /// Runs a whole step and looks at the output of every node; stops at the first that is not finite and returns its name.
+    ///
+    /// # Errors
+    /// As [`Executor::run_phase`].
+    fn check_step(&mut self) -> Result<Option<String>>;
+
+    /// Runs one node, by its number on the tape.
+    ///
+    /// # Errors
+    /// As [`Executor::run_phase`].
+    fn run_node(&mut self, index: usize) -> Result<()>;
 
     /// Waits for all that was started. A device may still be at work when `run_step` returns.
     ///
@@ -43,6 +54,25 @@ pub trait Executor: Send {
     /// As [`Executor::run_phase`].
     fn run_timed(&mut self) -> Result<Vec<Duration>>;
 
+    /// Gives the next step the first bytes of an input, which may travel while the step before is at work.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Shape`] when `value` is no input, or has less room.
+    fn stage(&mut self, value: ValueId, bytes: &[u8]) -> Result<()>;
+
+    /// Names the persistent or kept values that [`Executor::collect`] returns.
+    ///
+    /// # Errors
+    /// As [`Executor::read`].
+    fn watch(&mut self, values: &[ValueId]) -> Result<()>;
+
+    /// The watched values as the oldest step left them that was not collected yet, when more than `in_flight` steps were
+    /// not; waits for that step. Of a device no more than two steps are under way: a third one overtakes the oldest.
+    ///
+    /// # Errors
+    /// A fault of the step.
+    fn collect(&mut self, in_flight: usize) -> Result<Option<Vec<HostTensor>>>;
+
     /// Overwrites a persistent value; `bytes` are row-major and little-endian.
     ///
     /// # Errors
@@ -54,6 +84,18 @@ pub trait Executor: Send {
     /// # Errors
     /// [`crate::error::Error::Internal`] when the value's storage is reused within the step.
     fn read(&self, value: ValueId) -> Result<HostTensor>;
+
+    /// What lies in a value's storage now, whoever has it: right after the value's node has run, its content.
+    ///
+    /// # Errors
+    /// What reading the memory finds wrong.
+    fn peek(&self, value: ValueId) -> Result<HostTensor>;
+
+    /// Overwrites what lies in a value's storage now.
+    ///
+    /// # Errors
+    /// As [`Executor::peek`].
+    fn poke(&mut self, value: ValueId, bytes: &[u8]) -> Result<()>;
 
     /// What is being executed.
     fn tape(&self) -> &Tape;

@@ -45,6 +45,16 @@ impl Program {
         Ok(self.plan.slot(value))
     }
 
+    /// Where the first `bytes` bytes of an input are written: a batch may be smaller than what there is room for.
+    pub fn slot_to_stage(&self, value: ValueId, bytes: usize) -> Result<Slot> {
+        let described = self.tape.value(value);
+        if described.role != Role::Input || bytes > described.desc.bytes() {
+            let expected = format!("at most {} of an input", described.desc.bytes());
+            return Err(Error::shape(&described.name, "bytes", expected, bytes));
+        }
+        Ok(self.plan.slot(value))
+    }
+
     /// Where a persistent or kept value is read, and what it is.
     pub fn slot_to_read(&self, value: ValueId) -> Result<(Slot, &TensorDesc)> {
         let described = self.tape.value(value);

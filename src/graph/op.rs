@@ -4,6 +4,7 @@ use std::fmt::Debug;
 
 use crate::backend::cpu::CpuIo;
 use crate::backend::cuda::CudaIo;
+use crate::backend::cuda::library::Work;
 use crate::error::{Error, Result};
 use crate::graph::GradBuilder;
 use crate::tensor::TensorDesc;
@@ -66,9 +67,10 @@ pub trait Op: Debug + Send + Sync {
         Err(Error::Unsupported { what: format!("{} has no CUDA kernel", self.name()), hint: None })
     }
 
-    /// Whether on CUDA devices a library of NVIDIA's computes the op (cuDNN, cuBLAS) instead of a kernel of our own.
-    fn by_library(&self) -> bool {
-        false
+    /// What a library of NVIDIA's (cuDNN, cuBLASLt) is asked for on CUDA devices in place of a kernel of our own, if one is.
+    /// The op's first two inputs are the operands, a third one the bias, its one output the result.
+    fn library_work(&self, _inputs: &[&TensorDesc]) -> Option<Work> {
+        None
     }
 
     /// Floating-point operations of one execution; 0 where memory traffic is all that counts.

@@ -58,7 +58,7 @@ pub struct MemoryReport {
     pub state: usize,
     /// Momentum buffers.
     pub optimiser: usize,
-    /// What the caller writes before a step (views, hyper-parameters).
+    /// What the caller writes before a step (views, hyper-parameters); on CUDA devices twice, for this step and the next.
     pub inputs: usize,
     /// Activations that are alive when the forward pass ends: what is saved for the backward pass.
     pub saved_activations: usize,
@@ -83,6 +83,9 @@ pub struct Plan {
     pub nodes: Vec<NodePlan>,
     /// Everything that has storage, in order of creation.
     pub buffers: Vec<Buffer>,
+    /// Every input lies at its slot, and again so many bytes further on: a step reads one copy while the next step's is
+    /// written. 0 where there is one copy.
+    pub second_inputs: usize,
     /// The figures.
     pub memory: MemoryReport,
 }
@@ -104,11 +107,11 @@ impl Plan {
     pub fn guarded(tape: &Tape, target: Target, guard: usize) -> Result<Plan> {
         let mut buffers = lifetimes(tape)?;
         let modes = write_modes(tape);
-        let workspaces = add_workspaces(tape, target, &mut buffers);
+        let workspaces = add_workspaces(tape, target, &modes, &mut buffers);
         if guard > 0 {
             buffers.iter_mut().for_each(|b| (b.first, b.last) = (0, tape.nodes().len()));
         }
-        let persistent = place_persistent(&mut buffers, guard);
+        let (persistent, second_inputs) = place_persistent(&mut buffers, target, guard);
         let total = place_transient(&mut buffers, persistent, guard);
         let slot_of = |id: ValueId| buffers[id.index()].slot;
         let slots = (0..tape.values().len()).map(|i| slot_of(tape.storage(ValueId(i as u32)))).collect();
@@ -117,9 +120,10 @@ impl Plan {
             .zip(workspaces)
             .map(|(modes, workspace)| NodePlan { modes, workspace: buffers[workspace].slot })
             .collect();
-        let memory = report(tape, &buffers, persistent, total);
+        let mut memory = report(tape, &buffers, persistent, total);
+        memory.inputs += second_inputs;
         buffers.retain(|b| b.slot.bytes > 0);
-        Ok(Plan { slots, nodes, buffers, memory })
+        Ok(Plan { slots, nodes, buffers, second_inputs, memory })
     }
 
     /// Where a value lies.
@@ -177,13 +181,15 @@ fn write_modes(tape: &Tape) -> Vec<Vec<WriteMode>> {
 }
 
 /// Appends a buffer for each node's workspace; returns their positions.
-fn add_workspaces(tape: &Tape, target: Target, buffers: &mut Vec<Buffer>) -> Vec<usize> {
+fn add_workspaces(tape: &Tape, target: Target, modes: &[Vec<WriteMode>], buffers: &mut Vec<Buffer>) -> Vec<usize> {
     let first = buffers.len();
     for (index, node) in tape.nodes().iter().enumerate() {
         let descs: Vec<&TensorDesc> = node.inputs.iter().map(|&i| tape.desc(i)).collect();
-        let bytes = match target {
-            Target::Cpu => node.op.workspace(&descs),
-            Target::Cuda => node.op.cuda_workspace(&descs),
+        let accumulate = modes[index].contains(&WriteMode::Accumulate);
+        let bytes = match (target, node.op.library_work(&descs)) {
+            (Target::Cpu, _) => node.op.workspace(&descs),
+            (Target::Cuda, Some(work)) => work.workspace(accumulate),
+            (Target::Cuda, None) => node.op.cuda_workspace(&descs),
         };
         let slot = Slot { offset: 0, bytes };
         let name = format!("{} (workspace)", node.name);
@@ -200,14 +206,21 @@ fn align(bytes: usize) -> usize {
     bytes.next_multiple_of(ALIGNMENT)
 }
 
-/// Lays persistent buffers end to end; returns their total size.
-fn place_persistent(buffers: &mut [Buffer], guard: usize) -> usize {
-    let mut offset = 0;
-    for buffer in buffers.iter_mut().filter(|b| is_persistent(b)) {
-        buffer.slot.offset = offset;
-        offset += align(buffer.slot.bytes + guard);
-    }
-    offset
+/// Lays persistent buffers end to end, inputs first, on CUDA devices with room for them twice; returns the total size and
+/// the distance between the two copies of the inputs.
+fn place_persistent(buffers: &mut [Buffer], target: Target, guard: usize) -> (usize, usize) {
+    let mut place = |keep: &dyn Fn(&Buffer) -> bool, from: usize| {
+        let mut offset = from;
+        for buffer in buffers.iter_mut().filter(|b| is_persistent(b) && keep(b)) {
+            buffer.slot.offset = offset;
+            offset += align(buffer.slot.bytes + guard);
+        }
+        offset
+    };
+    let is_input = |b: &Buffer| b.role == Some(Role::Input);
+    let inputs = place(&is_input, 0);
+    let second_inputs = if target == Target::Cuda { inputs } else { 0 };
+    (place(&|b| !is_input(b), inputs + second_inputs), second_inputs)
 }
 
 /// Greedy by size: the largest buffer first, each at the lowest offset that is free during its whole life

@@ -53,6 +53,11 @@ pub enum Phase {
     Update,
 }
 
+impl Phase {
+    /// All phases, in the order of a step.
+    pub const ALL: [Phase; 3] = [Phase::Forward, Phase::Backward, Phase::Update];
+}
+
 /// A value: a leaf or the output of a node.
 #[derive(Debug, Clone)]
 pub struct Value {

@@ -1,6 +1,7 @@
 //! Fully connected layer and its gradients.
 
 use crate::backend::cpu::{CpuIo, Mat, gemm_blocks};
+use crate::backend::cuda::library::{Convolution, Direction, Product, Work};
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
 use crate::graph::{GradBuilder, Op};
@@ -48,8 +49,11 @@ impl Op for Linear {
         Ok(())
     }
 
-    fn by_library(&self) -> bool {
-        true
+    fn library_work(&self, inputs: &[&TensorDesc]) -> Option<Work> {
+        let ([m, k], [n, _]) = (dims("linear", "x", inputs[0]).ok()?, dims("linear", "w", inputs[1]).ok()?);
+        let dtype = inputs[0].dtype;
+        let (bias, [a_transposed, b_transposed]) = (inputs.len() > 2, [false, true]);
+        Some(Work::Product(Product { m, n, k, a_transposed, b_transposed, bias, dtype, out: dtype }))
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
@@ -92,8 +96,13 @@ impl Op for LinearDgrad {
         true
     }
 
-    fn by_library(&self) -> bool {
-        true
+    fn library_work(&self, inputs: &[&TensorDesc]) -> Option<Work> {
+        let [m, n] = dims("linear_dgrad", "d_y", inputs[0]).ok()?;
+        let [_, k] = dims("linear_dgrad", "w", inputs[1]).ok()?;
+        let dtype = inputs[0].dtype;
+        let product =
+            Product { m, n: k, k: n, a_transposed: false, b_transposed: false, bias: false, dtype, out: dtype };
+        Some(Work::Product(product))
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
@@ -134,8 +143,22 @@ impl Op for LinearWgrad {
         true
     }
 
-    fn by_library(&self) -> bool {
-        true
+    fn library_work(&self, inputs: &[&TensorDesc]) -> Option<Work> {
+        let [m, k] = dims("linear_wgrad", "x", inputs[0]).ok()?;
+        let [_, n] = dims("linear_wgrad", "d_y", inputs[1]).ok()?;
+        // That of a 1x1 convolution over m images of one pixel, whose operands come in this order.
+        Some(Work::Convolution(Convolution {
+            direction: Direction::WeightGradient,
+            n: m,
+            h: 1,
+            w: 1,
+            c_in: k,
+            c_out: n,
+            kernel: [1, 1],
+            stride: [1, 1],
+            padding: [0, 0],
+            dtype: inputs[0].dtype,
+        }))
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {

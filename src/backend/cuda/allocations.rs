@@ -20,6 +20,12 @@ impl Allocations {
         self.ranges().insert(memory.0, bytes);
     }
 
+    /// Bytes of all ranges.
+    #[cfg_attr(not(feature = "emulator"), allow(dead_code))]
+    pub fn reserved(&self) -> usize {
+        self.ranges().values().sum()
+    }
+
     /// Takes a range out; returns its length.
     pub fn remove(&self, memory: DevicePtr) -> Result<usize> {
         self.ranges()

@@ -3,6 +3,8 @@
 //! The library is part of this binary; `SIMSIAM_EMULATOR=FILE` names another one, such as a build for a sanitizer.
 #![allow(unsafe_code)] // calls into a C library and hands it pointers
 
+mod streams;
+
 use std::collections::HashMap;
 use std::ffi::{CStr, OsString, c_char, c_void};
 use std::path::Path;
@@ -14,8 +16,9 @@ use libloading::Library;
 
 use crate::error::{Error, Result};
 
+use self::streams::{HostRange, Machine, Mark, Streams, Task};
 use super::allocations::Allocations;
-use super::{Call, DevicePtr, Driver, Grid, Kernel};
+use super::{Call, DeviceMemory, DevicePtr, Driver, Event, Graph, Grid, HostTask, HostView, Kernel, Pinned, Stream};
 
 /// The library of `kernels/emulator/build.sh`.
 static EMBEDDED: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/emulator.so"));
@@ -54,12 +57,16 @@ fn number(variable: &str) -> Result<Option<u64>> {
     parsed.map(Some).ok_or_else(|| Error::config(variable, format!("{text:?} is no whole number")))
 }
 
-/// The device. Launches have run to their end when they return, so every fault comes from the launch that made it.
+/// The device. A launch has run to its end when it returns, so that a fault comes from the launch that made it, unless it
+/// has to wait for the other stream.
 #[derive(Debug)]
 pub struct Emulator {
     api: &'static Api,
     options: Options,
     memory: Allocations,
+    /// Bytes that it has; all that the host can give when it is not said.
+    capacity: Option<usize>,
+    streams: Streams,
 }
 
 impl Emulator {
@@ -105,8 +112,39 @@ impl Emulator {
         Ok(compiled)
     }
 
+    fn run_kernel(&self, grid: Grid, mut call: Call) -> Result<()> {
+        let compiled = self.compiled(call.kernel, call.name)?;
+        let arguments = call.argument_pointers();
+        let launch = RawLaunch {
+            kernel: compiled.raw,
+            arguments: arguments.as_ptr(),
+            grid: grid.blocks,
+            block: [call.kernel.threads, 1, 1],
+            shared_bytes: grid.shared,
+            threads: self.options.threads,
+            seed: self.options.seed,
+        };
+        let mut message = [0 as c_char; 1024];
+        // SAFETY: the arguments have the number and sizes of the kernel's parameters, as was just checked, and live as long
+        // as `call`; what the kernel does with them was promised when it was started. The message ends with 0.
+        let went_well = unsafe { (self.api.launch)(&launch, message.as_mut_ptr(), message.len()) };
+        if went_well {
+            return Ok(());
+        }
+        // SAFETY: the library wrote a string that ends with 0 within the buffer.
+        let message = unsafe { CStr::from_ptr(message.as_ptr()) }.to_string_lossy();
+        Err(fault(call.name, message))
+    }
+
     fn of(api: &'static Api, options: Options) -> Emulator {
-        Emulator { api, options, memory: Allocations::default() }
+        let (memory, streams) = (Allocations::default(), Streams::new(options.seed));
+        Emulator { api, options, memory, capacity: None, streams }
+    }
+
+    /// The same device with so many bytes of memory.
+    pub fn with_memory(mut self, bytes: usize) -> Emulator {
+        self.capacity = Some(bytes);
+        self
     }
 }
 
@@ -130,6 +168,14 @@ impl Driver for Emulator {
     }
 
     fn allocate(&self, bytes: usize) -> Result<DevicePtr> {
+        self.streams.allow("allocate memory")?;
+        if let Some(capacity) =
+            self.capacity.filter(|&capacity| bytes > capacity.saturating_sub(self.memory.reserved()))
+        {
+            let (asked, free) = (bytes as f64 / 1e9, capacity.saturating_sub(self.memory.reserved()) as f64 / 1e9);
+            let what = format!("the emulated device is out of memory: {asked:.2} GB asked for, {free:.2} GB free");
+            return Err(unsupported(what));
+        }
         // SAFETY: takes any size.
         let address = unsafe { (self.api.allocate)(bytes) } as u64;
         if address == 0 {
@@ -140,10 +186,12 @@ impl Driver for Emulator {
     }
 
     fn free(&self, memory: DevicePtr) -> Result<()> {
+        self.streams.allow("free memory")?;
+        let ended = self.synchronize();
         self.memory.remove(memory)?;
         // SAFETY: the library allocated it, and the table has just forgotten it.
         unsafe { (self.api.free)(memory.0 as *mut c_void) };
-        Ok(())
+        ended
     }
 
     fn fill(&self, to: DevicePtr, bytes: usize, value: u8) -> Result<()> {
@@ -155,18 +203,15 @@ impl Driver for Emulator {
     }
 
     fn upload(&self, to: DevicePtr, bytes: &[u8]) -> Result<()> {
-        self.memory.check("upload", to, bytes.len())?;
-        // SAFETY: so many bytes are reserved at `to`, and they are not the host's.
-        unsafe { (self.api.copy)(to.0 as *mut c_void, bytes.as_ptr().cast(), bytes.len()) };
-        Ok(())
+        self.streams.allow("upload memory")?;
+        self.streams.drain(Stream::Compute, self)?;
+        self.write(to, bytes)
     }
 
     fn download(&self, from: DevicePtr, bytes: &mut [u8]) -> Result<()> {
-        self.memory.check("download", from, bytes.len())?;
-        // SAFETY: so many bytes are reserved at `from`, and they are not the host's. Allocation has filled them, so none is
-        // uninitialised.
-        unsafe { (self.api.copy)(bytes.as_mut_ptr().cast(), from.0 as *const c_void, bytes.len()) };
-        Ok(())
+        self.streams.allow("download memory")?;
+        self.streams.drain(Stream::Compute, self)?;
+        self.read(from, bytes)
     }
 
     fn guard(&self, from: DevicePtr, bytes: usize) {
@@ -179,87 +224,145 @@ impl Driver for Emulator {
         unsafe { (self.api.unguard)(from.0 as *const c_void, bytes) };
     }
 
-    unsafe fn launch(&self, grid: Grid, mut call: Call) -> Result<()> {
-        let compiled = self.compiled(call.kernel, call.name)?;
-        let arguments = call.argument_pointers();
-        let launch = RawLaunch {
-            kernel: compiled.raw,
-            arguments: arguments.as_ptr(),
-            grid: grid.blocks,
-            block: [call.kernel.threads, 1, 1],
-            shared_bytes: grid.shared,
-            threads: self.options.threads,
-            seed: self.options.seed,
-        };
-        let mut message = [0 as c_char; 1024];
-        // SAFETY: the arguments have the number and sizes of the kernel's parameters, as was just checked, and live as long
-        // as `call`; what the kernel does with them is the caller's promise. The message ends with 0.
-        let went_well = unsafe { (self.api.launch)(&launch, message.as_mut_ptr(), message.len()) };
-        if went_well {
-            return Ok(());
-        }
-        // SAFETY: the library wrote a string that ends with 0 within the buffer.
-        let message = unsafe { CStr::from_ptr(message.as_ptr()) }.to_string_lossy();
-        Err(fault(call.name, message))
+    unsafe fn launch(&self, grid: Grid, call: Call) -> Result<()> {
+        self.compiled(call.kernel, call.name)?;
+        self.streams.start(Stream::Compute, Task::Launch(grid, call), self)
     }
 
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
+        self.synchronize()?;
         let start = Instant::now();
         work()?;
+        self.streams.drain(Stream::Compute, self)?;
         Ok(start.elapsed())
     }
 
     fn synchronize(&self) -> Result<()> {
-        Ok(())
+        self.streams.allow("synchronise")?;
+        self.streams.drain(Stream::Compute, self)?;
+        self.streams.drain(Stream::Copy, self)
     }
 
-    fn memory(&self) -> Result<super::DeviceMemory> {
-        Err(not_yet("memory"))
+    fn memory(&self) -> Result<DeviceMemory> {
+        let total = match self.capacity {
+            Some(bytes) => bytes,
+            None => host_memory()?,
+        };
+        Ok(DeviceMemory { free: total.saturating_sub(self.memory.reserved()), total })
     }
 
-    fn pinned(&self, _bytes: usize) -> Result<Box<dyn super::Pinned>> {
-        Err(not_yet("pinned"))
+    fn host_task(&self, task: HostTask) -> Result<()> {
+        self.streams.start(Stream::Compute, Task::Host(task), self)
     }
 
-    unsafe fn upload_later(&self, _to: DevicePtr, _from: &[u8]) -> Result<()> {
-        Err(not_yet("upload_later"))
+    fn pinned(&self, bytes: usize) -> Result<Box<dyn Pinned>> {
+        Ok(Box::new(HostBytes(vec![0; bytes].into_boxed_slice())))
     }
 
-    unsafe fn download_later(&self, _from: DevicePtr, _to: *mut u8, _bytes: usize) -> Result<()> {
-        Err(not_yet("download_later"))
+    unsafe fn upload_later(&self, to: DevicePtr, from: &[u8]) -> Result<()> {
+        self.memory.check("upload", to, from.len())?;
+        let from = HostRange { address: from.as_ptr() as u64, bytes: from.len() };
+        self.streams.start(Stream::Copy, Task::Upload { to, from }, self)
     }
 
-    fn event(&self) -> Result<super::Event> {
-        Err(not_yet("event"))
+    unsafe fn download_later(&self, from: DevicePtr, to: *mut u8, bytes: usize) -> Result<()> {
+        self.streams.allow("download memory")?;
+        self.memory.check("download", from, bytes)?;
+        let to = HostRange { address: to as u64, bytes };
+        self.streams.start(Stream::Compute, Task::Download { from, to }, self)
     }
 
-    fn record(&self, _event: &super::Event, _stream: super::Stream) -> Result<()> {
-        Err(not_yet("record"))
+    fn event(&self) -> Result<Event> {
+        Ok(Mark::event())
     }
 
-    fn wait(&self, _stream: super::Stream, _event: &super::Event) -> Result<()> {
-        Err(not_yet("wait"))
+    fn record(&self, event: &Event, stream: Stream) -> Result<()> {
+        self.streams.record(event, stream, self)
     }
 
-    fn finish(&self, _event: &super::Event) -> Result<()> {
-        Err(not_yet("finish"))
+    fn wait(&self, stream: Stream, event: &Event) -> Result<()> {
+        self.streams.wait(stream, event, self)
     }
 
-    fn elapsed(&self, _start: &super::Event, _end: &super::Event) -> Result<Duration> {
-        Err(not_yet("elapsed"))
+    fn finish(&self, event: &Event) -> Result<()> {
+        self.streams.finish(event, self)
+    }
+
+    fn elapsed(&self, start: &Event, end: &Event) -> Result<Duration> {
+        self.streams.elapsed(start, end)
     }
 
     fn begin_capture(&self) -> Result<()> {
-        Err(not_yet("begin_capture"))
+        self.streams.begin_capture()
     }
 
-    fn end_capture(&self) -> Result<super::Graph> {
-        Err(not_yet("end_capture"))
+    fn end_capture(&self) -> Result<Graph> {
+        self.streams.end_capture()
     }
 
-    fn replay(&self, _graph: &super::Graph) -> Result<()> {
-        Err(not_yet("replay"))
+    fn replay(&self, graph: &Graph) -> Result<()> {
+        self.streams.replay(graph, self)
     }
+}
+
+impl HostView for Emulator {
+    fn read(&self, from: DevicePtr, bytes: &mut [u8]) -> Result<()> {
+        self.memory.check("read", from, bytes.len())?;
+        // SAFETY: so many bytes are reserved at `from`, and they are not the host's. Allocation has filled them, so none is
+        // uninitialised.
+        unsafe { (self.api.copy)(bytes.as_mut_ptr().cast(), from.0 as *const c_void, bytes.len()) };
+        Ok(())
+    }
+
+    fn write(&self, to: DevicePtr, bytes: &[u8]) -> Result<()> {
+        self.memory.check("write", to, bytes.len())?;
+        // SAFETY: so many bytes are reserved at `to`, and they are not the host's.
+        unsafe { (self.api.copy)(to.0 as *mut c_void, bytes.as_ptr().cast(), bytes.len()) };
+        Ok(())
+    }
+}
+
+impl Machine for Emulator {
+    fn run(&self, task: &Task) -> Result<()> {
+        match task {
+            Task::Launch(grid, call) => self.run_kernel(*grid, call.clone()),
+            Task::Host(task) => task(self),
+            Task::Upload { to, from } => {
+                // SAFETY: the memory lives and is left alone until this copy has run: the promise of `upload_later`.
+                let bytes = unsafe { slice::from_raw_parts(from.address as *const u8, from.bytes) };
+                self.write(*to, bytes)
+            }
+            Task::Download { from, to } => {
+                // SAFETY: as above, the promise of `download_later`.
+                let bytes = unsafe { slice::from_raw_parts_mut(to.address as *mut u8, to.bytes) };
+                self.read(*from, bytes)
+            }
+            Task::Record(..) | Task::Wait(..) => Ok(()),
+        }
+    }
+}
+
+/// Pinned memory, of which an emulated device has no other kind.
+#[derive(Debug)]
+struct HostBytes(Box<[u8]>);
+
+impl Pinned for HostBytes {
+    fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.0
+    }
+}
+
+/// Memory of the host that is to be had, in bytes.
+fn host_memory() -> Result<usize> {
+    let path = Path::new("/proc/meminfo");
+    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kilobytes = line.and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<usize>().ok());
+    kilobytes.map(|kb| kb << 10).ok_or_else(|| Error::format(path, None, "it does not say MemAvailable in kB"))
 }
 
 /// What is wrong with a kernel or its launch, and so with this program.
@@ -393,8 +496,4 @@ unsafe fn kernels(library: &Library) -> Result<HashMap<String, Compiled>, libloa
             }
         })
         .collect())
-}
-
-fn not_yet(what: &str) -> Error {
-    Error::Unsupported { what: what.into(), hint: None }
 }

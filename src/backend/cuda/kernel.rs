@@ -34,7 +34,7 @@ pub struct Kernel {
 }
 
 /// A kernel with its arguments, ready to be launched.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Call {
     /// The kernel.
     pub kernel: &'static Kernel,

@@ -221,7 +221,7 @@ pub(in crate::cli) fn fill_inputs(executor: &mut dyn Executor) -> Result<()> {
 }
 
 fn heading(out: &mut dyn Write, settings: &Settings, ceilings: &Ceilings) -> io::Result<()> {
-    writeln!(out, "device    {}", device_name(&settings.device))?;
+    writeln!(out, "device    {}", settings.device.name())?;
     writeln!(out, "ceilings  {ceilings}")?;
     if !settings.on_gpu {
         writeln!(out, "          without a GPU these figures only compare kernels with each other on this machine")?;
@@ -232,13 +232,6 @@ fn heading(out: &mut dyn Write, settings: &Settings, ceilings: &Ceilings) -> io:
         "\n{:<24} {:<8} {:<20} {:>10} {:>9} {:>7} {:>8}",
         "op", "pass", "shape", "time", "GB/s", "of copy", "TFLOP/s"
     )
-}
-
-pub(in crate::cli) fn device_name(device: &exec::Device) -> String {
-    match device {
-        exec::Device::Cpu(_) => "CPU".into(),
-        exec::Device::Cuda(driver) => driver.name(),
-    }
 }
 
 fn print_line(out: &mut dyn Write, line: &Line, ceilings: &Ceilings) -> io::Result<()> {
@@ -267,7 +260,7 @@ fn to_json(settings: &Settings, ceilings: &Ceilings, lines: &[Line]) -> Value {
         })
     };
     json!({
-        "device": device_name(&settings.device), "on_gpu": settings.on_gpu, "dtype": settings.dtype,
+        "device": settings.device.name(), "on_gpu": settings.on_gpu, "dtype": settings.dtype,
         "images": settings.batch, "repeat": settings.repeat, "ceilings": ceilings.json(),
         "ops": lines.iter().map(line).collect::<Vec<_>>(),
     })

@@ -1,142 +1,214 @@
-//! The CUDA executor: launches the kernels of the planned nodes in order on one stream, in one arena of device memory.
+//! The CUDA executor: prepare, warm up, capture, replay. One arena of device memory; kernels and libraries on one stream,
+//! inputs on another; after its first steps, a step is one graph launch.
 
+mod capture;
+mod feed;
 mod library;
+mod memory;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::backend::cpu::arena::Slot;
-use crate::backend::cuda::{CudaIo, DeviceOutput, DevicePtr, DeviceTensor, Driver, check};
+use crate::backend::cuda::library::{Choice, Prepared};
+use crate::backend::cuda::{CudaIo, DeviceOutput, DevicePtr, DeviceTensor, Driver, Stream, check};
 use crate::error::{Error, Result};
 use crate::exec::Executor;
 use crate::exec::program::{POISON, Program};
 use crate::graph::plan::Target;
-use crate::graph::{Node, Phase, Plan, Tape, ValueId, WriteMode};
-use crate::tensor::{DType, HostTensor};
+use crate::graph::{Node, Phase, Plan, Role, Tape, ValueId, WriteMode};
+use crate::tensor::{DType, HostTensor, TensorDesc};
+
+use capture::{Capture, Mode, SLOTS};
+use feed::{Feed, Watched};
+use memory::{Arena, Memory};
+
+/// How a CUDA executor works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// Capture the step and replay it, instead of launching node by node.
+    pub graph: bool,
+    /// How the libraries' algorithms are chosen.
+    pub choice: Choice,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options { graph: true, choice: Choice::default() }
+    }
+}
 
 /// A tape planned and placed in the memory of a device, real or emulated.
 #[derive(Debug)]
 pub struct CudaExecutor {
     program: Program,
+    options: Options,
+    /// The algorithm of every node that a library computes on a real device.
+    prepared: Vec<Option<Box<dyn Prepared>>>,
+    capture: Capture,
+    feed: Feed,
     arena: Arena,
 }
 
-/// Device memory that is given back when it is dropped.
-#[derive(Debug)]
-struct Memory {
-    driver: Arc<dyn Driver>,
-    start: DevicePtr,
-}
-
-impl Memory {
-    fn new(driver: Arc<dyn Driver>, bytes: usize) -> Result<Memory> {
-        let start = driver.allocate(bytes.max(1))?;
-        Ok(Memory { driver, start })
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        if let Err(error) = self.driver.free(self.start) {
-            tracing::warn!("device memory was not given back: {error}");
-        }
-    }
-}
-
-/// The memory of a program.
-#[derive(Debug)]
-struct Arena {
-    memory: Memory,
-    /// What no kernel may touch.
-    guards: Vec<Slot>,
-}
-
-impl Arena {
-    fn new(driver: Arc<dyn Driver>, bytes: usize, fill: u8) -> Result<Arena> {
-        let memory = Memory::new(driver, bytes)?;
-        memory.driver.fill(memory.start, bytes, fill)?;
-        Ok(Arena { memory, guards: Vec::new() })
-    }
-
-    fn driver(&self) -> &dyn Driver {
-        &*self.memory.driver
-    }
-
-    fn guard(&mut self, guards: Vec<Slot>) {
-        guards.iter().for_each(|guard| self.driver().guard(self.at(*guard), guard.bytes));
-        self.guards = guards;
-    }
-
-    fn at(&self, slot: Slot) -> DevicePtr {
-        self.memory.start.offset(slot.offset)
-    }
-
-    fn download(&self, slot: Slot) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; slot.bytes];
-        self.driver().download(self.at(slot), &mut bytes)?;
-        Ok(bytes)
-    }
-}
-
-impl Drop for Arena {
-    fn drop(&mut self) {
-        self.guards.iter().for_each(|guard| self.driver().unguard(self.at(*guard), guard.bytes));
-    }
-}
-
 impl CudaExecutor {
-    /// Plans `tape` and reserves its memory on the device; persistent values start as zeros.
+    /// Plans `tape`, reserves its memory on the device, and chooses the libraries' algorithms; persistent values start as
+    /// zeros.
     ///
     /// # Errors
-    /// Faults of the tape; [`crate::error::Error::Unsupported`] when the device has not enough memory.
-    pub fn new(tape: Tape, driver: Arc<dyn Driver>) -> Result<CudaExecutor> {
+    /// Faults of the tape; [`Error::OutOfMemory`] when the device has not enough; [`Error::Unsupported`] when a library is
+    /// missing or has no algorithm.
+    pub fn new(tape: Tape, driver: Arc<dyn Driver>, options: Options) -> Result<CudaExecutor> {
         refuse_float64(&tape)?;
-        let program = Program::new(tape, Target::Cuda)?;
-        let arena = Arena::new(driver, program.plan.memory.total, 0)?;
-        Ok(CudaExecutor { program, arena })
+        CudaExecutor::prepare(Program::new(tape, Target::Cuda)?, driver, options, 0)
     }
 
     /// As [`CudaExecutor::new`] for finding faults, as [`crate::exec::CpuExecutor::poisoned`].
     ///
     /// # Errors
     /// As [`CudaExecutor::new`].
-    pub fn poisoned(tape: Tape, driver: Arc<dyn Driver>) -> Result<CudaExecutor> {
+    pub fn poisoned(tape: Tape, driver: Arc<dyn Driver>, options: Options) -> Result<CudaExecutor> {
         refuse_float64(&tape)?;
-        let program = Program::guarded(tape, Target::Cuda)?;
-        let mut arena = Arena::new(driver, program.plan.memory.total, POISON)?;
-        arena.guard(program.guards().map(|(slot, _)| slot).collect());
-        Ok(CudaExecutor { program, arena })
+        let mut executor = CudaExecutor::prepare(Program::guarded(tape, Target::Cuda)?, driver, options, POISON)?;
+        let guards = executor.program.guards().map(|(slot, _)| slot).collect();
+        executor.arena.guard(guards);
+        Ok(executor)
     }
 
-    fn launch_node(&self, index: usize) -> Result<()> {
+    fn prepare(program: Program, driver: Arc<dyn Driver>, options: Options, fill: u8) -> Result<CudaExecutor> {
+        let arena = Arena::new(driver, program.plan.memory.total)?;
+        let (feed, capture) = (Feed::new(arena.driver())?, Capture::default());
+        let mut executor = CudaExecutor { program, options, prepared: Vec::new(), capture, feed, arena };
+        executor.prepared = executor.choose_algorithms()?;
+        executor.arena.fill(fill)?;
+        Ok(executor)
+    }
+
+    /// Lets the libraries choose, each for its own node: they time candidates where these will run.
+    #[allow(unsafe_code)] // hands the nodes' memory to the libraries
+    fn choose_algorithms(&self) -> Result<Vec<Option<Box<dyn Prepared>>>> {
+        let nodes = self.program.tape.nodes();
+        let works: Vec<_> = nodes.iter().map(|node| node.op.library_work(&self.input_descs(node))).collect();
+        let driver = self.arena.driver();
+        if driver.emulated() || works.iter().all(Option::is_none) {
+            return Ok(nodes.iter().map(|_| None).collect());
+        }
+        let Some(libraries) = driver.libraries()? else { return Ok(nodes.iter().map(|_| None).collect()) };
+        self.arena.fill_with_noise()?;
+        let prepare = |(index, work): (usize, &Option<_>)| {
+            let Some(work) = work else { return Ok(None) };
+            let operands = library::operands(&self.io(index, 0));
+            // SAFETY: the planner reserved every tensor as its shape says, from which the op made `work`, and
+            // `Work::workspace` bytes of workspace.
+            unsafe { libraries.prepare(work, &operands, self.options.choice) }.map(Some)
+        };
+        let prepared = works.iter().enumerate().map(prepare).collect::<Result<_>>()?;
+        libraries.remember()?;
+        Ok(prepared)
+    }
+
+    fn input_descs(&self, node: &Node) -> Vec<&TensorDesc> {
+        node.inputs.iter().map(|&value| self.program.tape.desc(value)).collect()
+    }
+
+    /// What a node works on in the step that reads copy `slot` of the inputs.
+    fn io(&self, index: usize, slot: usize) -> CudaIo<'_> {
         let Program { tape, plan } = &self.program;
         let (node, planned) = (&tape.nodes()[index], &plan.nodes[index]);
+        let output = |(id, mode): (&ValueId, &WriteMode)| {
+            let DeviceTensor { desc, ptr } = self.tensor(*id, slot);
+            DeviceOutput { desc, ptr, accumulate: *mode == WriteMode::Accumulate }
+        };
+        CudaIo {
+            inputs: node.inputs.iter().map(|id| self.tensor(*id, slot)).collect(),
+            outputs: node.outputs.iter().zip(&planned.modes).map(output).collect(),
+            updates: node.updates.iter().map(|id| self.tensor(*id, slot)).collect(),
+            workspace: self.arena.at(planned.workspace),
+            driver: self.arena.driver(),
+        }
+    }
+
+    #[allow(unsafe_code)] // hands the node's memory to a library
+    fn launch_node(&self, index: usize, slot: usize) -> Result<()> {
+        let node = &self.program.tape.nodes()[index];
         if node.op.is_view() {
             return Ok(());
         }
-        let output = |(id, mode): (&ValueId, &WriteMode)| {
-            let DeviceTensor { desc, ptr } = self.tensor(*id);
-            DeviceOutput { desc, ptr, accumulate: *mode == WriteMode::Accumulate }
-        };
-        let io = CudaIo {
-            inputs: node.inputs.iter().map(|id| self.tensor(*id)).collect(),
-            outputs: node.outputs.iter().zip(&planned.modes).map(output).collect(),
-            updates: node.updates.iter().map(|id| self.tensor(*id)).collect(),
-            workspace: self.arena.at(planned.workspace),
-            driver: self.arena.driver(),
-        };
-        match node.op.by_library() {
-            true if self.arena.driver().emulated() => library::run_on_host(&*node.op, &io),
-            _ => node.op.cuda(&io),
+        let io = self.io(index, slot);
+        match &self.prepared[index] {
+            // SAFETY: as when it was prepared: the places of the node's tensors, of which only an input's copy may differ.
+            Some(prepared) => unsafe { prepared.run(&library::operands(&io)) },
+            None if node.op.library_work(&self.input_descs(node)).is_some() => library::answer_on_host(&node.op, &io),
+            None => node.op.cuda(&io),
         }
     }
 
-    fn tensor(&self, value: ValueId) -> DeviceTensor<'_> {
-        DeviceTensor { desc: self.program.tape.desc(value), ptr: self.arena.at(self.program.plan.slot(value)) }
+    fn launch_all(&self, slot: usize) -> Result<()> {
+        (0..self.program.tape.nodes().len()).try_for_each(|index| self.launch_node(index, slot))
     }
 
-    fn is_finite(&self, value: ValueId, scratch: &Memory) -> Result<bool> {
-        Ok(check::first_non_finite(&*scratch.driver, self.tensor(value), scratch.start)?.is_none())
+    /// Starts a step that reads copy `slot` of the inputs.
+    fn start_step(&mut self, slot: usize) -> Result<()> {
+        let driver = self.arena.shared_driver();
+        if !self.options.graph {
+            return self.launch_all(slot);
+        }
+        match self.capture.mode(slot) {
+            Mode::Replay(graph) => driver.replay(graph),
+            Mode::Eager => {
+                self.launch_all(slot)?;
+                self.capture.warmed_up();
+                Ok(())
+            }
+            Mode::Capture => {
+                let mut capture = std::mem::take(&mut self.capture);
+                let captured = capture.capture(slot, &*driver, || self.launch_all(slot));
+                let replayed = captured.and_then(|graph| driver.replay(graph));
+                self.capture = capture;
+                replayed
+            }
+        }
+    }
+
+    /// Where a value lies in the step that reads copy `slot` of the inputs.
+    fn tensor(&self, value: ValueId, slot: usize) -> DeviceTensor<'_> {
+        DeviceTensor { desc: self.program.tape.desc(value), ptr: self.place(value, slot) }
+    }
+
+    fn place(&self, value: ValueId, slot: usize) -> DevicePtr {
+        let Program { tape, plan } = &self.program;
+        let first = self.arena.at(plan.slot(value));
+        match tape.value(tape.storage(value)).role {
+            Role::Input => first.offset(slot * plan.second_inputs),
+            _ => first,
+        }
+    }
+
+    fn is_finite(&self, value: ValueId, slot: usize, scratch: &Memory) -> Result<bool> {
+        Ok(check::first_non_finite(&*scratch.driver, self.tensor(value, slot), scratch.start)?.is_none())
+    }
+
+    fn first_non_finite_in(&self, phase: Phase, slot: usize) -> Result<Option<String>> {
+        let scratch = Memory::new(self.arena.shared_driver(), check::SCRATCH)?;
+        if let Some(leaf) = self.program.first_non_finite_leaf(|value| self.is_finite(value, slot, &scratch))? {
+            return Ok(Some(leaf));
+        }
+        for index in self.program.nodes_of(phase) {
+            self.launch_node(index, slot)?;
+            let node = &self.program.tape.nodes()[index];
+            for &value in node.outputs.iter().chain(&node.updates) {
+                if !self.is_finite(value, slot, &scratch)? {
+                    return Ok(Some(format!("{} ({})", node.name, node.op.name())));
+                }
+            }
+        }
+        Ok(None)
+    }
+}
+
+impl Drop for CudaExecutor {
+    fn drop(&mut self) {
+        // Copies may still read the staging memory. What goes wrong here has been reported by the call that failed before.
+        let _ = self.arena.driver().synchronize();
     }
 }
 
@@ -154,7 +226,28 @@ fn refuse_float64(tape: &Tape) -> Result<()> {
 
 impl Executor for CudaExecutor {
     fn run_phase(&mut self, phase: Phase) -> Result<()> {
-        self.program.nodes_of(phase).into_iter().try_for_each(|index| self.launch_node(index))
+        let slot = self.feed.next();
+        self.feed.before_step(self.arena.driver())?;
+        self.program.nodes_of(phase).into_iter().try_for_each(|index| self.launch_node(index, slot))
+    }
+
+    fn run_step(&mut self) -> Result<()> {
+        let slot = self.feed.next();
+        self.feed.before_step(self.arena.driver())?;
+        self.start_step(slot)?;
+        self.feed.after_step(self.arena.driver())
+    }
+
+    fn check_step(&mut self) -> Result<Option<String>> {
+        let slot = self.feed.next();
+        self.feed.before_step(self.arena.driver())?;
+        for phase in Phase::ALL {
+            if let Some(node) = self.first_non_finite_in(phase, slot)? {
+                return Ok(Some(node));
+            }
+        }
+        self.feed.after_step(self.arena.driver())?;
+        Ok(None)
     }
 
     fn finish(&mut self) -> Result<()> {
@@ -163,17 +256,64 @@ impl Executor for CudaExecutor {
 
     fn run_timed(&mut self) -> Result<Vec<Duration>> {
         let driver = self.arena.driver();
-        (0..self.program.tape.nodes().len()).map(|index| driver.time(&mut || self.launch_node(index))).collect()
+        let nodes = 0..self.program.tape.nodes().len();
+        let slot = self.feed.next();
+        self.feed.before_step(driver)?;
+        let marks = nodes.clone().map(|_| driver.event()).chain([driver.event()]).collect::<Result<Vec<_>>>()?;
+        for index in nodes.clone() {
+            driver.record(&marks[index], Stream::Compute)?;
+            self.launch_node(index, slot)?;
+        }
+        driver.record(&marks[nodes.end], Stream::Compute)?;
+        driver.synchronize()?;
+        nodes.map(|index| driver.elapsed(&marks[index], &marks[index + 1])).collect()
+    }
+
+    fn run_node(&mut self, index: usize) -> Result<()> {
+        self.launch_node(index, self.feed.next())
+    }
+
+    fn stage(&mut self, value: ValueId, bytes: &[u8]) -> Result<()> {
+        let slot = self.program.slot_to_stage(value, bytes.len())?;
+        let place = (self.place(value, self.feed.next()), slot.bytes);
+        self.feed.stage(self.arena.driver(), value, place, bytes)
+    }
+
+    fn watch(&mut self, values: &[ValueId]) -> Result<()> {
+        let watched = |&value: &ValueId| {
+            let (slot, desc) = self.program.slot_to_read(value)?;
+            Ok(Watched { desc: desc.clone(), ptr: self.arena.at(slot) })
+        };
+        let watched = values.iter().map(watched).collect::<Result<_>>()?;
+        self.arena.driver().synchronize()?;
+        self.feed.watch(watched);
+        Ok(())
+    }
+
+    fn collect(&mut self, in_flight: usize) -> Result<Option<Vec<HostTensor>>> {
+        self.feed.collect(self.arena.driver(), in_flight)
     }
 
     fn write(&mut self, value: ValueId, bytes: &[u8]) -> Result<()> {
-        let slot = self.program.slot_to_write(value, bytes.len())?;
-        self.arena.driver().upload(self.arena.at(slot), bytes)
+        self.program.slot_to_write(value, bytes.len())?;
+        let is_input = self.program.tape.value(value).role == Role::Input;
+        let copies = if is_input { SLOTS } else { 1 };
+        (0..copies).try_for_each(|slot| self.arena.driver().upload(self.place(value, slot), bytes))
     }
 
     fn read(&self, value: ValueId) -> Result<HostTensor> {
         let (slot, desc) = self.program.slot_to_read(value)?;
         HostTensor::from_bytes(desc.clone(), self.arena.download(slot)?)
+    }
+
+    fn peek(&self, value: ValueId) -> Result<HostTensor> {
+        let slot = self.program.plan.slot(value);
+        HostTensor::from_bytes(self.program.tape.desc(value).clone(), self.arena.download(slot)?)
+    }
+
+    fn poke(&mut self, value: ValueId, bytes: &[u8]) -> Result<()> {
+        let slot = Slot { bytes: bytes.len(), ..self.program.plan.slot(value) };
+        self.arena.driver().upload(self.arena.at(slot), bytes)
     }
 
     fn tape(&self) -> &Tape {
@@ -185,20 +325,7 @@ impl Executor for CudaExecutor {
     }
 
     fn first_non_finite(&mut self, phase: Phase) -> Result<Option<String>> {
-        let scratch = Memory::new(self.arena.memory.driver.clone(), check::SCRATCH)?;
-        if let Some(leaf) = self.program.first_non_finite_leaf(|value| self.is_finite(value, &scratch))? {
-            return Ok(Some(leaf));
-        }
-        for index in self.program.nodes_of(phase) {
-            self.launch_node(index)?;
-            let node = &self.program.tape.nodes()[index];
-            for &value in node.outputs.iter().chain(&node.updates) {
-                if !self.is_finite(value, &scratch)? {
-                    return Ok(Some(format!("{} ({})", node.name, node.op.name())));
-                }
-            }
-        }
-        Ok(None)
+        self.first_non_finite_in(phase, self.feed.last_seen())
     }
 
     fn overrun(&self) -> Result<Option<String>> {

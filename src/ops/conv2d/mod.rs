@@ -5,6 +5,7 @@ pub mod geometry;
 pub mod reference;
 
 use crate::backend::cpu::{CpuIo, Real, Tier};
+use crate::backend::cuda::library::{Convolution, Direction, Work};
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
 use crate::graph::{GradBuilder, Op};
@@ -63,8 +64,8 @@ impl Op for Conv2d {
         Ok(())
     }
 
-    fn by_library(&self) -> bool {
-        true
+    fn library_work(&self, inputs: &[&TensorDesc]) -> Option<Work> {
+        Some(work(Direction::Forward, &self.geometry(inputs[0], inputs[1]).ok()?, inputs[0].dtype))
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
@@ -119,8 +120,8 @@ impl Op for Conv2dDgrad {
         true
     }
 
-    fn by_library(&self) -> bool {
-        true
+    fn library_work(&self, inputs: &[&TensorDesc]) -> Option<Work> {
+        Some(work(Direction::DataGradient, &self.geometry(inputs[0], inputs[1]).ok()?, inputs[0].dtype))
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
@@ -187,8 +188,8 @@ impl Op for Conv2dWgrad {
         true
     }
 
-    fn by_library(&self) -> bool {
-        true
+    fn library_work(&self, inputs: &[&TensorDesc]) -> Option<Work> {
+        Some(work(Direction::WeightGradient, &self.geometry(inputs[0], inputs[1]).ok()?, inputs[0].dtype))
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
@@ -209,6 +210,12 @@ impl Op for Conv2dWgrad {
     fn flops(&self, inputs: &[&TensorDesc]) -> u64 {
         self.geometry(inputs[0], inputs[1]).map_or(0, |g| g.flops())
     }
+}
+
+/// What cuDNN is asked for.
+fn work(direction: Direction, g: &ConvGeometry, dtype: DType) -> Work {
+    let ConvGeometry { n, h, w, c_in, c_out, kernel, stride, padding } = *g;
+    Work::Convolution(Convolution { direction, n, h, w, c_in, c_out, kernel, stride, padding, dtype })
 }
 
 /// Weight gradients are never shorter than float32.

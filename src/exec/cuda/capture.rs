@@ -1,0 +1,63 @@
+//! When a step is run node by node, and when it is replayed from a graph.
+
+use crate::backend::cuda::{Driver, Graph};
+use crate::error::{Error, Result};
+
+/// Copies of the inputs, and so of the graph that reads them.
+pub(super) const SLOTS: usize = 2;
+
+/// Where an executor stands on the way from its first step to the replay of a graph.
+#[derive(Debug, Default)]
+pub(super) struct Capture {
+    warm: bool,
+    graphs: [Option<Graph>; SLOTS],
+}
+
+/// How a step is to be run.
+#[derive(Debug)]
+pub(super) enum Mode<'a> {
+    /// Node by node: libraries and the driver load kernels and set themselves up on the way, which a capture forbids.
+    Eager,
+    /// Node by node into a graph, which is replayed then.
+    Capture,
+    /// From the graph.
+    Replay(&'a Graph),
+}
+
+impl Capture {
+    /// How the next step that reads copy `slot` of the inputs is to be run.
+    pub fn mode(&self, slot: usize) -> Mode<'_> {
+        match &self.graphs[slot] {
+            _ if !self.warm => Mode::Eager,
+            None => Mode::Capture,
+            Some(graph) => Mode::Replay(graph),
+        }
+    }
+
+    /// Says that every node has run once.
+    pub fn warmed_up(&mut self) {
+        self.warm = true;
+    }
+
+    /// Captures what `launch` launches as the graph of `slot`. A capture is ended whatever happens in it.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] before a warm-up, or when there is a graph already; those of `launch` and of the driver.
+    pub fn capture(&mut self, slot: usize, driver: &dyn Driver, launch: impl FnOnce() -> Result<()>) -> Result<&Graph> {
+        match self.mode(slot) {
+            Mode::Capture => {}
+            Mode::Eager => return Err(fault("a step is captured before one has run: nothing is warmed up")),
+            Mode::Replay(_) => return Err(fault("a step is captured that has a graph already")),
+        }
+        driver.synchronize()?;
+        driver.begin_capture()?;
+        let launched = launch();
+        let ended = driver.end_capture();
+        launched?;
+        Ok(self.graphs[slot].insert(ended?))
+    }
+}
+
+fn fault(message: &str) -> Error {
+    Error::Internal { thread: "CUDA graph".into(), message: message.into() }
+}
