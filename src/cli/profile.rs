@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::bench::ops::node_traffic;
 use super::output::print;
-use super::workload::{Workload, WorkloadArgs, check, quartiles};
+use super::workload::{Workload, WorkloadArgs, check, merged, quartiles, teraflops};
 use crate::atomic::write_atomic;
 use crate::error::Result;
 use crate::graph::Phase;
@@ -116,6 +116,16 @@ struct NodeCost {
     phase: Phase,
     cost: Cost,
     fastest: f64,
+}
+
+impl NodeCost {
+    /// Name and op; what the backward pass appended has the op in its name.
+    fn label(&self) -> String {
+        match self.name.ends_with(self.op) {
+            true => self.name.clone(),
+            false => format!("{} {}", self.name, self.op),
+        }
+    }
 }
 
 /// Everything there is to tell.
@@ -233,33 +243,27 @@ impl Profile {
     }
 
     fn figures(&self, cost: &Cost) -> [String; 5] {
-        let flops = if cost.flops == 0 { "-".into() } else { format!("{:.3}", cost.teraflops()) };
+        let flops = if cost.flops == 0 { "-".into() } else { teraflops(cost.teraflops()) };
         let bytes = format!("{:.1}", cost.gigabytes_a_second());
         [time(cost.time), percent(cost.time / self.total.time), bytes, flops, percent(cost.of_roofline())]
     }
 
     fn json(&self) -> Value {
         let (workload, total) = (&self.workload, self.total.time);
-        let with = |mut json: Value, more: Value| {
-            if let (Some(json), Value::Object(more)) = (json.as_object_mut(), more) {
-                json.extend(more);
-            }
-            json
-        };
-        let phases = Phase::ALL.map(|phase| with(json!({ "phase": name(phase) }), self.phase(phase).json(total)));
+        let phases = Phase::ALL.map(|phase| merged(json!({ "phase": name(phase) }), self.phase(phase).json(total)));
         let ops = self
             .ops()
             .into_iter()
-            .map(|(op, phase, cost)| with(json!({ "op": op, "phase": name(phase) }), cost.json(total)));
+            .map(|(op, phase, cost)| merged(json!({ "op": op, "phase": name(phase) }), cost.json(total)));
         let nodes = self.nodes.iter().map(|node| {
             let NodeCost { index, name: node_name, op, phase, cost, fastest } = node;
             let what =
                 json!({ "node": index, "name": node_name, "op": op, "phase": name(*phase), "fastest_s": fastest });
-            with(what, cost.json(total))
+            merged(what, cost.json(total))
         });
         let [lower, step, upper] = self.step;
         let (mfu, mfu_of_given) = workload.peaks.mfu(workload.flops, step);
-        with(
+        merged(
             workload.json(),
             json!({
                 "rounds": self.rounds,
@@ -284,7 +288,7 @@ impl Profile {
         let ops = self.ops();
         let slowest = self.slowest(top);
         let of_ops = ops.iter().take(BARS).map(|(op, phase, cost)| bar(format!("{op} ({})", cost.nodes), *phase, cost));
-        let of_nodes = slowest.iter().map(|node| bar(format!("{} {}", node.name, node.op), node.phase, &node.cost));
+        let of_nodes = slowest.iter().map(|node| bar(node.label(), node.phase, &node.cost));
         let panels = vec![
             BarPanel { title: "By kind of op (nodes)".into(), bars: of_ops.collect() },
             BarPanel { title: "Slowest nodes".into(), bars: of_nodes.collect() },

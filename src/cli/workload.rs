@@ -29,8 +29,8 @@ const COLOURS: usize = 3;
 const RANDOM_VALUES: usize = 1_000_003;
 /// Runs of which the fastest is a ceiling: on a CPU, and on a GPU, whose clock has to rise first.
 const PEAK_RUNS: [usize; 2] = [3, 40];
-/// Memory of a device that `--batch largest` leaves alone, as a share of what is free: workspaces of libraries.
-const LEFT_FREE: f64 = 0.04;
+/// Bytes of a device that `--batch largest` leaves alone: the captured graph, handles and kernels of the libraries.
+const LEFT_FREE: usize = 512 << 20;
 /// `--batch largest` is a multiple of it.
 const BATCH_STEP: usize = 8;
 /// Learning rate at batch 256, momentum and weight decay: the reference recipe's. They decide no time, but keep the weights
@@ -233,7 +233,7 @@ impl Peaks {
     /// MFU for people.
     pub fn describe_mfu(&self, flops: u64, seconds: f64) -> String {
         let (measured, given) = self.mfu(flops, seconds);
-        let mut text = format!("{:.1} % of {:.3} TFLOP/s measured", 100.0 * measured, self.measured());
+        let mut text = format!("{:.1} % of {} TFLOP/s measured", 100.0 * measured, teraflops(self.measured()));
         if let (Some(share), Some(peak)) = (given, self.given) {
             text += &format!(", {:.1} % of the given {peak} TFLOP/s", 100.0 * share);
         }
@@ -243,8 +243,22 @@ impl Peaks {
 
 impl std::fmt::Display for Peaks {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}, {} matrix product {:.3} TFLOP/s", self.ceilings, self.dtype, self.product)
+        write!(f, "{}, {} matrix product {} TFLOP/s", self.ceilings, self.dtype, teraflops(self.product))
     }
+}
+
+/// TFLOP/s in four digits or so.
+pub fn teraflops(speed: f64) -> String {
+    let decimals = if speed < 10.0 { 3 } else { 1 };
+    format!("{speed:.decimals$}")
+}
+
+/// An object with the entries of another added.
+pub fn merged(mut json: Value, more: Value) -> Value {
+    if let (Some(json), Value::Object(more)) = (json.as_object_mut(), more) {
+        json.extend(more);
+    }
+    json
 }
 
 /// Checks that a number lies in `min..=max`.
@@ -280,7 +294,7 @@ fn largest_batch(device: &exec::Device, model: &SimSiam, image_size: usize, dtyp
     let exec::Device::Cuda(driver) = device else {
         return Err(Error::config("--batch", "largest: only CUDA devices have a memory of their own to fill"));
     };
-    let room = (driver.memory()?.free as f64 * (1.0 - LEFT_FREE)) as usize;
+    let room = driver.memory()?.free.saturating_sub(LEFT_FREE);
     let planned = |batch| {
         let graph = model.train_graph(batch, image_size, dtype, false)?;
         Ok::<_, Error>(Plan::new(&graph.tape, Target::Cuda)?.memory.total)

@@ -20,7 +20,7 @@ const COPIED: [usize; 2] = [4 << 20, 256 << 20];
 const THREADS: [usize; 2] = [1 << 12, 1 << 20];
 const ROUNDS: [u32; 2] = [32, 4096];
 /// Rows and columns of the matrices of the large product: on a CPU, and on a GPU.
-const PRODUCT: [usize; 2] = [512, 8192];
+const PRODUCT: [usize; 2] = [1024, 8192];
 
 /// The bars.
 #[derive(Debug, Clone, Copy)]

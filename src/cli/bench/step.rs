@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::backend::cuda::DeviceMemory;
 use crate::cli::machine;
 use crate::cli::output::print;
-use crate::cli::workload::{Workload, WorkloadArgs, check, quartiles};
+use crate::cli::workload::{Workload, WorkloadArgs, check, merged, quartiles};
 use crate::error::Result;
 use crate::exec::Device;
 
@@ -97,8 +97,7 @@ impl Measured {
         let Measured { workload, steps, rounds, .. } = self;
         let [lower, median, upper] = quartiles(rounds);
         let (mfu, mfu_of_given) = workload.peaks.mfu(workload.flops, median);
-        let mut json = workload.json();
-        let more = json!({
+        let measured = json!({
             "data": "synthetic",
             "steps": steps, "rounds": rounds.len(), "round_step_s": rounds,
             "step_s": median, "step_lower_quartile_s": lower, "step_upper_quartile_s": upper, "step_min_s": rounds[0],
@@ -109,9 +108,6 @@ impl Measured {
             "peak_host_bytes": machine::peak_memory(),
             "loss": self.loss,
         });
-        if let (Some(json), Value::Object(more)) = (json.as_object_mut(), more) {
-            json.extend(more);
-        }
-        json
+        merged(workload.json(), measured)
     }
 }
