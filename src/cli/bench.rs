@@ -5,6 +5,7 @@ mod loader;
 mod op_cases;
 pub(super) mod ops;
 mod step;
+mod step_data;
 
 use clap::Subcommand;
 

@@ -8,10 +8,12 @@ use serde_json::{Value, json};
 
 use super::bench::ops::node_traffic;
 use super::output::print;
-use super::workload::{Workload, WorkloadArgs, check, merged, quartiles, teraflops};
+use super::peaks::{Peaks, teraflops};
+use super::workload::{Steps, Synthetic, Workload, WorkloadArgs, check, merged, quartiles};
 use crate::atomic::write_atomic;
 use crate::error::Result;
-use crate::graph::Phase;
+use crate::exec::Executor;
+use crate::graph::{Node, Phase};
 use crate::report::chart::bars::{Bar, BarChart, BarPanel, write_bars};
 
 /// Rounds without a GPU, and on one.
@@ -138,21 +140,23 @@ struct Profile {
     /// Seconds of a whole step, run as training runs it: quartiles.
     step: [f64; 3],
     loss: f64,
+    planned: usize,
 }
 
 impl Profile {
     fn measure(args: &ProfileArgs) -> Result<Profile> {
-        let mut workload = args.workload.prepare()?;
+        let workload = args.workload.resolve()?;
+        let mut steps = workload.synthetic()?;
         let on_gpu = usize::from(workload.device.is_gpu());
         let (rounds, warmup) = (args.steps.unwrap_or(ROUNDS[on_gpu]), args.warmup.unwrap_or(WARMUP[on_gpu]));
-        workload.run(warmup)?;
-        let times = time_nodes(&mut workload, rounds)?;
-        let mut steps = (0..rounds).map(|_| Ok(workload.run(1)?.as_secs_f64())).collect::<Result<Vec<f64>>>()?;
-        steps.sort_by(f64::total_cmp);
-        let loss = workload.loss()?;
-        let nodes: Vec<NodeCost> = node_costs(&workload, &times);
+        steps.run(warmup)?;
+        let times = time_nodes(&mut steps, rounds, workload.device.is_gpu())?;
+        let mut seconds = (0..rounds).map(|_| Ok(steps.run(1)?.as_secs_f64())).collect::<Result<Vec<f64>>>()?;
+        seconds.sort_by(f64::total_cmp);
+        let (loss, planned) = (steps.finite_loss()?, steps.planned_bytes());
+        let nodes = node_costs(&*steps.executor, &workload.peaks, &times);
         let total = Cost::sum(nodes.iter().map(|node| &node.cost));
-        Ok(Profile { workload, rounds, nodes, total, step: quartiles(&steps), loss })
+        Ok(Profile { workload, rounds, nodes, total, step: quartiles(&seconds), loss, planned })
     }
 
     /// Sums over the nodes of each kind of op and phase, the slowest first.
@@ -191,7 +195,7 @@ impl Profile {
     fn print(&self, out: &mut dyn Write, top: usize) -> io::Result<()> {
         let (workload, total) = (&self.workload, self.total);
         writeln!(out, "{}", workload.title())?;
-        writeln!(out, "device     {}", workload.device_name())?;
+        writeln!(out, "device     {}", workload.device.name())?;
         writeln!(out, "ceilings   {}", workload.peaks)?;
         let [_, step, _] = self.step;
         writeln!(out, "step       {} ({:.1} images/s), MFU {}", time(step), self.images_a_second(), self.mfu_text())?;
@@ -267,7 +271,7 @@ impl Profile {
             workload.json(),
             json!({
                 "rounds": self.rounds,
-                "ceilings": workload.peaks.json(),
+                "planned_bytes": self.planned,
                 "step_s": step, "step_lower_quartile_s": lower, "step_upper_quartile_s": upper,
                 "images_per_s": self.images_a_second(), "mfu": mfu, "mfu_of_given_peak": mfu_of_given,
                 "loss": self.loss,
@@ -297,7 +301,7 @@ impl Profile {
             format!("{} a step, {:.1} images/s, MFU {}", time(self.step[1]), self.images_a_second(), self.mfu_text());
         BarChart {
             title: self.workload.title(),
-            subtitle: format!("{}: {speed}", self.workload.device_name()),
+            subtitle: format!("{}: {speed}", self.workload.device.name()),
             groups: Phase::ALL.map(|phase| name(phase).to_string()).to_vec(),
             key: "full colour: the least time by the roofline".into(),
             columns: ["time", "share", "of roofline"].map(String::from).to_vec(),
@@ -307,12 +311,12 @@ impl Profile {
 }
 
 /// Times of every node, round by round.
-fn time_nodes(workload: &mut Workload, rounds: usize) -> Result<Vec<Vec<Duration>>> {
-    let executor = &mut *workload.executor;
+fn time_nodes(steps: &mut Synthetic, rounds: usize, on_gpu: bool) -> Result<Vec<Vec<Duration>>> {
+    let executor = &mut *steps.executor;
     let mut times = vec![Vec::with_capacity(rounds); executor.tape().nodes().len()];
     for _ in 0..rounds {
         // While a GPU is at work on this step, the nodes of the next queue up, and it need not wait for any of them.
-        if workload.device.is_gpu() {
+        if on_gpu {
             executor.run_step()?;
         }
         times.iter_mut().zip(executor.run_timed()?).for_each(|(of_node, time)| of_node.push(time));
@@ -320,15 +324,14 @@ fn time_nodes(workload: &mut Workload, rounds: usize) -> Result<Vec<Vec<Duration
     Ok(times)
 }
 
-fn node_costs(workload: &Workload, times: &[Vec<Duration>]) -> Vec<NodeCost> {
-    let executor = &*workload.executor;
+fn node_costs(executor: &dyn Executor, peaks: &Peaks, times: &[Vec<Duration>]) -> Vec<NodeCost> {
     let nodes = executor.tape().nodes().iter().zip(times).enumerate();
-    let cost = |(index, (node, times)): (usize, (&crate::graph::Node, &Vec<Duration>))| {
+    let cost = |(index, (node, times)): (usize, (&Node, &Vec<Duration>))| {
         let mut seconds: Vec<f64> = times.iter().map(Duration::as_secs_f64).collect();
         seconds.sort_by(f64::total_cmp);
         let [_, median, _] = quartiles(&seconds);
         let (bytes, flops) = node_traffic(executor, index);
-        let cost = Cost { nodes: 1, time: median, bytes, flops, floor: workload.peaks.floor(bytes, flops) };
+        let cost = Cost { nodes: 1, time: median, bytes, flops, floor: peaks.floor(bytes, flops) };
         NodeCost { index, name: node.name.clone(), op: node.op.name(), phase: node.phase, cost, fastest: seconds[0] }
     };
     nodes.filter(|(_, (node, _))| !node.op.is_view()).map(cost).collect()

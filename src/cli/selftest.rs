@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use super::device::{Device, Precision};
 use super::output::print;
 use crate::backend::cpu::Tier;
 use crate::error::{Error, Result};
+use crate::exec::{Device, DeviceChoice, Precision};
 use crate::selftest::{self, Outcome};
 use crate::tensor::DType;
 
@@ -15,8 +15,8 @@ pub struct SelftestArgs {
     #[arg(long, value_name = "DIR")]
     golden: Option<PathBuf>,
     /// Where to compute.
-    #[arg(long, value_enum, default_value_t)]
-    device: Device,
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    device: DeviceChoice,
     /// Element type of the activations [default: every one that the device computes in].
     #[arg(long, value_enum)]
     dtype: Option<Precision>,
@@ -26,9 +26,9 @@ pub struct SelftestArgs {
 }
 
 pub fn run(args: SelftestArgs) -> Result<()> {
-    let device = args.device.open(args.cpu_conv)?;
+    let device = args.device.open(args.cpu_conv)?.device;
     let mut printed = Ok(());
-    let outcomes = selftest::run(args.golden.as_deref(), &device, &dtypes(args.device, args.dtype)?, |outcome| {
+    let outcomes = selftest::run(args.golden.as_deref(), &device, &dtypes(&device, args.dtype)?, |outcome| {
         if printed.is_ok() {
             printed = print(|out| writeln!(out, "{}", line(outcome)));
         }
@@ -43,14 +43,14 @@ pub fn run(args: SelftestArgs) -> Result<()> {
 }
 
 /// The element types to compute in. On the CPU every op is checked in f64 too, whatever is asked for.
-fn dtypes(device: Device, asked: Option<Precision>) -> Result<Vec<DType>> {
+fn dtypes(device: &Device, asked: Option<Precision>) -> Result<Vec<DType>> {
     let all = match device {
-        Device::Cpu => vec![DType::F64, DType::F32],
-        Device::Cuda | Device::CudaEmulated => vec![DType::F32, DType::Bf16, DType::F16],
+        Device::Cpu(_) => vec![DType::F64, DType::F32],
+        Device::Cuda(_) => vec![DType::F32, DType::Bf16, DType::F16],
     };
     match (device, asked.map(Precision::dtype)) {
-        (_, None) | (Device::Cpu, Some(DType::F32)) => Ok(all),
-        (_, Some(dtype)) if device != Device::Cpu && all.contains(&dtype) => Ok(vec![dtype]),
+        (_, None) | (Device::Cpu(_), Some(DType::F32)) => Ok(all),
+        (Device::Cuda(_), Some(dtype)) if all.contains(&dtype) => Ok(vec![dtype]),
         (_, Some(dtype)) => {
             let known: Vec<String> = all.iter().map(DType::to_string).collect();
             let what = format!("--dtype {dtype}: not computed on this device");

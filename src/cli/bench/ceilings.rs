@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::ops::{fill_inputs, time_once};
 use crate::backend::cuda::{DevicePtr, DeviceTensor, Driver, ceilings, random};
 use crate::error::Result;
-use crate::exec::{Device, Executor};
+use crate::exec::{Device, Executor, Options, Precision};
 use crate::graph::{Phase, Role, Tape, builtin};
 use crate::ops::linear::Linear;
 use crate::tensor::{DType, TensorDesc};
@@ -70,16 +70,17 @@ impl fmt::Display for Ceilings {
     }
 }
 
-/// TFLOP/s of a large product of matrices of `dtype`: what convolutions and linear layers are held against.
+/// TFLOP/s of a large product of matrices in `precision`: what convolutions and linear layers are held against.
 ///
 /// # Errors
 /// Faults of the device; on a GPU also [`crate::error::Error::Unsupported`] when NVIDIA's libraries are missing.
-pub(in crate::cli) fn matrix_product(device: &Device, dtype: DType, repeat: usize) -> Result<f64> {
+pub(in crate::cli) fn matrix_product(device: &Device, precision: Precision, repeat: usize) -> Result<f64> {
     let n = PRODUCT[usize::from(device.is_gpu())];
     let mut tape = Tape::new();
-    let [x, w] = ["x", "w"].map(|name| tape.leaf(name, TensorDesc::new([n, n], dtype), Role::Input, false));
+    let [x, w] = ["x", "w"].map(|name| tape.leaf(name, TensorDesc::new([n, n], precision.dtype()), Role::Input, false));
     tape.record_one(Linear, &[x, w])?;
-    let mut executor = device.executor(tape)?;
+    let options = Options { choice: precision.choice(true), ..Options::default() };
+    let mut executor = device.executor_with(tape, options)?;
     fill_inputs(&mut *executor)?;
     let fastest = fastest_phase(device, &mut *executor, repeat)?;
     Ok(2.0 * (n as f64).powi(3) / fastest.as_secs_f64() / 1e12)
