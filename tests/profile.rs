@@ -46,7 +46,7 @@ fn profile(folder: &Path, more: &str) -> (String, Value) {
 #[test]
 fn a_profile_of_the_cpu_adds_up() {
     let folder = tempfile::tempdir().unwrap();
-    let (text, report) = profile(folder.path(), "--peak-tflops 2.5");
+    let (text, report) = profile(folder.path(), "--device cpu --peak-tflops 2.5");
     let plan: Value = serde_json::from_str(&succeed(&words(&format!("plan --json {TINY}")))).unwrap();
     assert_eq!(report["flops_per_step"], plan["flops_per_step"]);
     assert_eq!(report["total"]["flops"], plan["flops_per_step"]);
@@ -95,7 +95,7 @@ fn an_emulated_device_is_profiled_too() {
 
 #[test]
 fn steps_are_timed_in_rounds() {
-    let text = succeed(&words(&format!("bench step --json {TINY} --warmup 1 --steps 2 --rounds 5")));
+    let text = succeed(&words(&format!("bench step --json {TINY} --device cpu --warmup 1 --steps 2 --rounds 5")));
     let report: Value = serde_json::from_str(&text).unwrap();
     let value = |key: &str| report[key].as_f64().unwrap_or_else(|| panic!("{key} in {text}"));
     let rounds: Vec<f64> = report["round_step_s"].as_array().unwrap().iter().map(|r| r.as_f64().unwrap()).collect();
@@ -107,7 +107,7 @@ fn steps_are_timed_in_rounds() {
     assert!(value("planned_bytes") > 1e4 && report["device_bytes_in_use"].is_null(), "{text}");
     assert_eq!((&report["data"], &report["steps"], &report["dtype"]), (&"synthetic".into(), &2.into(), &"f32".into()));
 
-    let text = succeed(&words(&format!("bench step {TINY} --warmup 0 --rounds 1")));
+    let text = succeed(&words(&format!("bench step {TINY} --device cpu --warmup 0 --rounds 1")));
     for line in ["speed", "step", "MFU", "memory", "loss"] {
         assert!(text.lines().any(|l| l.starts_with(line)), "{line} in {text}");
     }
@@ -128,8 +128,14 @@ fn options_that_make_no_sense_are_named() {
         ("profile --batch 2 --image-size 0", "error: --image-size: expected 1 to 8192, got 0"),
         ("profile --steps 0", "error: --steps: expected 1 to 10000, got 0"),
         ("bench step --rounds 0", "error: --rounds: expected 1 to 100000, got 0"),
-        ("bench step --batch largest", "error: --batch: largest: only CUDA devices have a memory of their own to fill"),
-        ("bench step --dtype bf16", "error: --dtype: the CPU computes in f32"),
+        (
+            "bench step --device cpu --batch largest",
+            "error: --batch: largest: only CUDA devices have a memory of their own to fill",
+        ),
+        (
+            "--threads 2 bench step --device cpu --dtype bf16",
+            "error: --dtype bf16: the CPU (2 threads) does not train in it; hint: the CPU trains in f32",
+        ),
         ("profile --peak-tflops 0", "error: --peak-tflops: expected more than 0, got 0"),
         ("bench step --arch custom", "error: --block: expected with --arch custom, got none; hint: e.g. --block basic"),
     ] {
@@ -143,4 +149,26 @@ fn options_that_make_no_sense_are_named() {
         let output = common::run(&words(args));
         assert_eq!(output.status.code(), Some(2), "{args}: {}", String::from_utf8_lossy(&output.stderr));
     }
+}
+
+#[test]
+fn steps_on_a_dataset_take_the_whole_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = common::fashion(folder.path(), "train", 40);
+    let data = data.to_str().unwrap();
+    let text = succeed(&words(&format!(
+        "bench step --json {TINY} --device cpu --data {data} --warmup 1 --steps 3 --rounds 3"
+    )));
+    let report: Value = serde_json::from_str(&text).unwrap();
+    // 3 x 3 + 1 steps of 6 images: more than an epoch of 40.
+    assert_eq!(report["data"], data);
+    let wait = report["data_wait_share"].as_f64().unwrap();
+    assert!((0.0..1.0).contains(&wait) && (-1.0..1.0).contains(&report["loss"].as_f64().unwrap()), "{text}");
+
+    let batch = TINY.replace("--batch 6", "--batch 41");
+    let error = fail(&words(&format!("bench step {batch} --device cpu --data {data}")));
+    assert!(error.contains("has 40 images, fewer than a batch of 41"), "{error}");
+    let error = fail(&words(&format!("bench step {TINY} --device cpu --data {data} --workers 0")));
+    assert_eq!(error, "error: --workers: expected at least 1, got 0");
+    assert!(fail(&words(&format!("bench step {TINY} --device cpu --data no.ssds"))).contains("no.ssds"));
 }

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """What tools/gpu_check.sh measured, side by side: bench_table.py FOLDER
 
-Reads step-*.json (`bench step --json`), pytorch.jsonl (`pytorch_baseline.py --json`) and run/metrics.jsonl, prints a table in
-Markdown and writes the same as FOLDER/table.json. What was not measured is left out.
+Reads step-*.json (`bench step --json`), pytorch.jsonl (`pytorch_baseline.py --json`), run/metrics.jsonl and what steps-*.jsonl say
+of the steps themselves; writes tables in Markdown, FOLDER/summary.md, and the same figures as FOLDER/table.json. What was not
+measured is left out.
 """
 
 import json
@@ -36,7 +37,7 @@ def engine_row(name, step):
     used = step["device_bytes_in_use"] or step["planned_bytes"]
     return {
         "who": "engine",
-        "setting": step["dtype"] + (", largest batch" if name.endswith("largest") else "") + (", no graph" if "no-graph" in name else ""),
+        "setting": step["dtype"] + (", largest batch" if name.endswith("largest") else "") + (", no graph" if not step["graph"] else "") + (", autotuned" if step["autotune"] else ""),
         "batch": step["batch"],
         "images_per_s": step["images_per_s"],
         "step_ms": 1e3 * step["step_s"],
@@ -85,8 +86,8 @@ def training(folder):
     }
 
 
-def markdown(rows, compared, trained, title):
-    lines = [title, ""]
+def markdown(rows, compared, trained, steps, title):
+    lines = [f"# {title}", ""]
     if rows:
         lines += ["| | batch | setting | images/s | step, ms (quartiles) | memory, GB | MFU |", "|---|---:|---|---:|---:|---:|---:|"]
     for r in rows:
@@ -103,7 +104,10 @@ def markdown(rows, compared, trained, title):
         knn = f", kNN {100 * trained['knn'][-1]:.2f} %" if trained["knn"] else ""
         lines += ["", f"Training: {trained['steps']} steps (epoch {trained['epoch']}), loss {trained['loss']:.4f}, z std x sqrt(d) {trained['z_std']:.3f}"
                       f"{knn}, {trained['median_images_per_s']:.0f} images/s in the median."]
-    return "\n".join(lines)
+    if steps:
+        lines += ["", "| step | result | seconds |", "|---|---|---:|"]
+    lines += [f"| {s['step']} | {s['result']} | {s['seconds']} |" for s in steps]
+    return "\n".join(lines) + "\n"
 
 
 def main():
@@ -115,9 +119,12 @@ def main():
     theirs = [torch_row(result) for result in torch]
     rows = sorted(ours + theirs, key=lambda r: (r["batch"], r["who"], -r["images_per_s"]))
     compared, trained = ratios(ours, theirs), training(folder)
-    (folder / "table.json").write_text(json.dumps({"rows": rows, "compared": compared, "training": trained}, indent=2) + "\n")
+    checks = [check for path in sorted(folder.glob("steps-*.jsonl")) for check in json_lines(path)]
+    report = {"rows": rows, "compared": compared, "training": trained, "steps": checks}
+    (folder / "table.json").write_text(json.dumps(report, indent=2) + "\n")
     devices = [step["device"] for step in steps.values()] + [f"{r['device']}, {r['framework']}" for r in torch]
-    print(markdown(rows, compared, trained, "; ".join(dict.fromkeys(devices)) or "nothing was measured"))
+    title = "; ".join(dict.fromkeys(devices)) or "nothing was measured"
+    (folder / "summary.md").write_text(markdown(rows, compared, trained, checks, title))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@
 #             cargo build --release && strip target/release/simsiam-engine
 #         The machine needs NVIDIA's driver, cuDNN 9 and cuBLAS 13 (those that PyTorch brings are found), and for the comparison
 #         python3 with torch and torchvision.
-# OUT     becomes a folder of logs, JSON, a profile as PNG, and summary.md with the side-by-side table.
+# OUT     becomes a folder of logs, JSON, a profile as PNG, and summary.md with the side-by-side table (also as table.json).
 # DATA    CIFAR-10 or the like, as a dataset file or anything that `prepare` takes; TEST its labelled test images, for kNN.
 #         Without DATA nothing is trained.
 #
 #   --quick   what fits into 9 minutes on an H100 (the default)
 #   --full    more element types and modes, racecheck and synccheck, longer training: up to an hour
-#   --only    some of the parts: check (does it compute the right thing?), bench (how fast?), train
+#   --only    some of the parts: check (does it compute the right thing?), bench (how fast?), train. One alone has all 9 minutes:
+#             three calls into the same OUT are worth more than one.
 #
 # A step that fails or takes too long does not stop the others. The exit code is 1 when one did.
 #
@@ -55,24 +56,29 @@ mkdir -p "$2" && cd "$2" || exit 1
 device=${DEVICE:-cuda}
 python=${PYTHON:-python3}
 if [ "$full" = 1 ]; then
-    deadline=$((SECONDS + ${LIMIT:-3500})) train_seconds=${TRAIN_SECONDS:-900} epochs=${EPOCHS:-200}
+    limit=3500 torch_seconds=1800 sanitizer_seconds=900 train_seconds=900 epochs=200
+elif [[ $parts == *,* ]]; then
+    limit=530 torch_seconds=180 sanitizer_seconds=60 train_seconds=60 epochs=20
 else
-    deadline=$((SECONDS + ${LIMIT:-530})) train_seconds=${TRAIN_SECONDS:-100} epochs=${EPOCHS:-30}
+    # One part has all the time to itself.
+    limit=530 torch_seconds=330 sanitizer_seconds=240 train_seconds=430 epochs=100
 fi
+deadline=$((SECONDS + ${LIMIT:-$limit}))
+train_seconds=${TRAIN_SECONDS:-$train_seconds} epochs=${EPOCHS:-$epochs}
 if [ "${SMALL:-0}" = 1 ]; then
     batches=(4 6)
     step=(--arch custom --block basic --depths '1,1' --width 8 --stem cifar --dim 24 --projector-hidden 20 --image-size 18)
     torch_step=(--arch custom --block basic --depths '1,1' --width 8 --stem cifar --dim 24 --hidden 20 --pred-dim 6 --image-size 18)
     train=(--arch custom --block basic --depths '1,1' --width 8 --dim 24 --projector-hidden 20 --image-size 12 --batch 50)
 else
-    # The first is where all of PyTorch's modes are tried.
-    batches=(256 64 128 512 largest)
+    # The first is where all of PyTorch's modes are tried; from two of them it is known how many images are the most.
+    batches=(256 512 largest 128 64)
     step=(--preset imagenet)
     torch_step=(--arch resnet50 --image-size 224)
     train=(--batch 512)
 fi
 case $device in
-    cuda*) dtype=bf16 torch_device=cuda torch_dtypes=bf16,fp16 torch_modes=eager,graph,compile-graph ;;
+    cuda*) dtype=bf16 torch_device=cuda torch_dtypes=bf16,fp16 torch_modes=compile-graph,graph,eager ;;
     *) dtype=f32 torch_device=cpu torch_dtypes=f32 torch_modes=eager ;;
 esac
 
@@ -136,14 +142,13 @@ check_results() {
             note "$tool" "left out: no compute-sanitizer here" 0
             continue
         fi
-        check "$tool" $((full ? 900 : 120)) compute-sanitizer --tool "$tool" --error-exitcode 86 "$engine" selftest --device "$device" --dtype "$dtype"
+        check "$tool" "$sanitizer_seconds" compute-sanitizer --tool "$tool" --error-exitcode 86 "$engine" selftest --device "$device" --dtype "$dtype"
     done
 }
 
 measure_speed() {
     local batch
     local -a profile_files=(--json profile.json --png profile.png)
-    # The first run at a batch size also times the libraries' algorithms, and keeps what it found.
     for batch in "${batches[@]}"; do
         measure "step-$dtype-$batch" 90 "$engine" bench step "${step[@]}" --device "$device" --dtype "$dtype" --batch "$batch" --json
     done
@@ -155,12 +160,14 @@ measure_speed() {
         [ "$torch_device" = cuda ] || warm=(--steps 2 --warm-up 1)
         list=$(IFS=,; echo "${batches[*]}")
         [ "$full" = 0 ] || torch_modes+=,compile,reduce-overhead,max-autotune
-        run_step pytorch $((full ? 1800 : 240)) pytorch.jsonl "$python" "$tools/pytorch_baseline.py" "${torch_step[@]}" --device "$torch_device" \
+        run_step pytorch "$torch_seconds" pytorch.jsonl "$python" "$tools/pytorch_baseline.py" "${torch_step[@]}" --device "$torch_device" \
             --memory-format channels_last --dtype "$torch_dtypes" --mode "$torch_modes" --batch "$list" --narrow $((full ? 2 : 1)) \
-            --time-limit $((full ? 1700 : 200)) "${warm[@]}" --json
+            --time-limit $((torch_seconds - 45)) "${warm[@]}" --json
     fi
+    # Times every algorithm of the libraries, and keeps what it found in their cache.
+    measure "step-autotune-$dtype-${batches[0]}" 120 "$engine" bench step "${step[@]}" --device "$device" --dtype "$dtype" --batch "${batches[0]}" --autotune --json
     measure ops 60 "$engine" bench ops --device "$device" --json
-    [ "$full" = 1 ] && [ "$torch_device" = cuda ] || return
+    if [ "$full" = 0 ] || [ "$torch_device" = cpu ]; then return; fi
     measure "step-no-graph-$dtype-${batches[0]}" 120 "$engine" bench step "${step[@]}" --device "$device" --dtype "$dtype" --batch "${batches[0]}" --no-graph --json
     for dtype in fp16 tf32 f32; do
         measure "step-$dtype-${batches[0]}" 180 "$engine" bench step "${step[@]}" --device "$device" --dtype "$dtype" --batch "${batches[0]}" --json
@@ -199,16 +206,10 @@ if has_part train && [ "$full" = 0 ]; then train_network; fi
 if has_part bench; then measure_speed; fi
 if has_part train && [ "$full" = 1 ]; then train_network; fi
 
-{
-    printf '# %s, %s\n\n' "$(basename "$PWD")" "$(date -u +%F)"
-    "$python" "$tools/bench_table.py" . 2>table.log || cat table.log
-    printf '\n| step | result | seconds |\n|---|---|---:|\n'
-    for i in "${!names[@]}"; do printf '| %s | %s | %s |\n' "${names[i]}" "${states[i]}" "${times[i]}"; done
-} >summary.md
-{
-    for i in "${!names[@]}"; do printf '{"step": "%s", "result": "%s", "seconds": %s}\n' "${names[i]}" "${states[i]}" "${times[i]}"; done
-} >steps.jsonl
+for i in "${!names[@]}"; do
+    printf '{"step": "%s", "result": "%s", "seconds": %s}\n' "${names[i]}" "${states[i]}" "${times[i]}"
+done >"steps-${parts//,/-}.jsonl"
 printf '\n'
-cat summary.md
+if "$python" "$tools/bench_table.py" . 2>table.log; then cat summary.md; else cat table.log "steps-${parts//,/-}.jsonl"; fi
 printf '\n%d of %d steps failed, after %d s; everything is in %s\n' "$failures" "${#names[@]}" "$SECONDS" "$PWD"
 [ "$failures" -eq 0 ]
