@@ -20,6 +20,12 @@ pub struct SelftestArgs {
     /// Element type of the activations [default: every one that the device computes in].
     #[arg(long, value_enum)]
     dtype: Option<Precision>,
+    /// Instead of goldens: train N steps replaying a CUDA graph and N launching node by node; every bit must be the same.
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "200", conflicts_with_all = ["golden", "lockstep"])]
+    replay: Option<usize>,
+    /// Instead of goldens: run a step on the device and on the CPU node by node, and name the first node that diverges.
+    #[arg(long, conflicts_with = "golden")]
+    lockstep: bool,
     /// The CPU's convolutions.
     #[arg(long, value_enum, default_value_t)]
     cpu_conv: Tier,
@@ -28,18 +34,30 @@ pub struct SelftestArgs {
 pub fn run(args: SelftestArgs) -> Result<()> {
     let device = args.device.open(args.cpu_conv)?.device;
     let mut printed = Ok(());
-    let outcomes = selftest::run(args.golden.as_deref(), &device, &dtypes(&device, args.dtype)?, |outcome| {
+    let report = |outcome: &Outcome| {
         if printed.is_ok() {
             printed = print(|out| writeln!(out, "{}", line(outcome)));
         }
-    })?;
+    };
+    let dtypes = dtypes(&device, args.dtype)?;
+    let outcomes = match args.replay {
+        Some(steps) => selftest::replays(&device, &dtypes, steps, report)?,
+        None if args.lockstep => selftest::lockstep(&device, report)?,
+        None => selftest::run(args.golden.as_deref(), &device, &dtypes, report)?,
+    };
     printed?;
     let failed: Vec<&str> = outcomes.iter().filter(|o| !o.passed()).map(|o| o.name.as_str()).collect();
     if !failed.is_empty() {
         let (n, all) = (failed.len(), outcomes.len());
-        return Err(Error::Mismatch(format!("selftest: {n} of {all} files failed: {}", failed.join(", "))));
+        let what = if args.replay.is_some() || args.lockstep { "runs" } else { "files" };
+        return Err(Error::Mismatch(format!("selftest: {n} of {all} {what} failed: {}", failed.join(", "))));
     }
-    print(|out| writeln!(out, "all {} files agree with PyTorch", outcomes.len()))
+    let with = match (args.replay, args.lockstep) {
+        (Some(_), _) => "runs are the same launched and replayed",
+        (_, true) => "steps agree with the CPU",
+        _ => "files agree with PyTorch",
+    };
+    print(|out| writeln!(out, "all {} {with}", outcomes.len()))
 }
 
 /// The element types to compute in. On the CPU every op is checked in f64 too, whatever is asked for.

@@ -1,6 +1,7 @@
 //! Executors: a planned tape on a device.
 
 pub mod choice;
+pub mod compare;
 pub mod cpu;
 pub mod cuda;
 mod device;
