@@ -167,8 +167,34 @@ fn steps_on_a_dataset_take_the_whole_way() {
 
     let batch = TINY.replace("--batch 6", "--batch 41");
     let error = fail(&words(&format!("bench step {batch} --device cpu --data {data}")));
-    assert!(error.contains("has 40 images, fewer than a batch of 41"), "{error}");
+    assert!(error.starts_with("error: --batch: the dataset holds no full batch of 41 images"), "{error}");
     let error = fail(&words(&format!("bench step {TINY} --device cpu --data {data} --workers 0")));
     assert_eq!(error, "error: --workers: expected at least 1, got 0");
     assert!(fail(&words(&format!("bench step {TINY} --device cpu --data no.ssds"))).contains("no.ssds"));
+}
+
+#[test]
+#[cfg(feature = "emulator")]
+fn the_largest_batch_fills_the_memory() {
+    /// What is left alone, and room for the scratch of libraries and some images.
+    const LEFT_FREE: usize = 512 << 20;
+    const ROOM: usize = 36_000_000;
+    let bench = |batch: &str, memory: usize| {
+        let args = format!("bench step --json {TINY} --device cuda-emulated --warmup 0 --rounds 1")
+            .replace("--batch 6", &format!("--batch {batch}"));
+        common::engine().args(words(&args)).env("SIMSIAM_EMULATOR_MEMORY", memory.to_string()).output().unwrap()
+    };
+    let report = |batch: &str| -> Value {
+        let output = bench(batch, LEFT_FREE + ROOM);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let largest = report("largest");
+    let batch = largest["batch"].as_u64().unwrap();
+    assert!(batch.is_multiple_of(8) && largest["planned_bytes"].as_u64().unwrap() <= ROOM as u64, "{largest}");
+    let next = report(&(batch + 8).to_string());
+    assert!(next["planned_bytes"].as_u64().unwrap() > ROOM as u64, "{next}");
+
+    let error = String::from_utf8(bench("largest", LEFT_FREE + 1000).stderr).unwrap();
+    assert!(error.contains("out of memory") && error.contains("not even a batch of 8 fits"), "{error}");
 }
