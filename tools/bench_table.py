@@ -119,7 +119,9 @@ def main():
     theirs = [torch_row(result) for result in torch]
     rows = sorted(ours + theirs, key=lambda r: (r["batch"], r["who"], -r["images_per_s"]))
     compared, trained = ratios(ours, theirs), training(folder)
-    checks = [check for path in sorted(folder.glob("steps-*.jsonl")) for check in json_lines(path)]
+    # Of a step that was run again the newest result counts.
+    by_age = sorted(folder.glob("steps-*.jsonl"), key=lambda path: path.stat().st_mtime)
+    checks = list({check["step"]: check for path in by_age for check in json_lines(path)}.values())
     report = {"rows": rows, "compared": compared, "training": trained, "steps": checks}
     (folder / "table.json").write_text(json.dumps(report, indent=2) + "\n")
     devices = [step["device"] for step in steps.values()] + [f"{r['device']}, {r['framework']}" for r in torch]

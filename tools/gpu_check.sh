@@ -193,6 +193,7 @@ train_network() {
     [ -z "$test" ] || knn=(--knn-bank "$bank" --knn-queries "$(prepared "$test" test-data)")
     rm -rf run
     # Interrupted it writes a checkpoint and ends with 130, which is all that is asked of it here.
+    # shellcheck disable=SC2016 # the inner shell is to expand these
     check train $((train_seconds + 60)) bash -c 'timeout --preserve-status -s INT "$0" "$@" || [ $? -eq 130 ]' \
         "$train_seconds" "$engine" train "$bank" --run run --preset cifar "${train[@]}" --epochs "$epochs" \
         --device "$device" --dtype "$dtype" --workers $(($(nproc) / 2 + 1)) "${knn[@]}"
