@@ -252,7 +252,8 @@ fn view_source(args: &PlanArgs, target: Target, image_size: usize, dtype: DType)
     Ok(ViewSource::Stored { augmentation, pixel_bytes })
 }
 
-fn flops(tape: &Tape) -> u64 {
+/// Floating-point operations of a step.
+pub fn flops(tape: &Tape) -> u64 {
     let of_node = |node: &Node| {
         let descs: Vec<&TensorDesc> = node.inputs.iter().map(|&i| tape.desc(i)).collect();
         node.op.flops(&descs)
@@ -283,6 +284,6 @@ fn megabytes(bytes: usize) -> String {
     format!("{:.2}", bytes as f64 / 1e6)
 }
 
-fn name_of(value: impl clap::ValueEnum) -> String {
+pub fn name_of(value: impl clap::ValueEnum) -> String {
     value.to_possible_value().map_or_else(String::new, |v| v.get_name().to_string())
 }
