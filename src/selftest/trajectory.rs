@@ -18,13 +18,8 @@ pub(super) fn replay(golden: &Golden, device: &Device, dtypes: &[DType]) -> Resu
         return Ok(("not run: its convolutions need cuDNN, which this version does not call".into(), Worst::default()));
     }
     let (mut worst, mut compared) = (Worst::default(), String::from("no element type in common"));
-    // Whole steps are compared in the type that they are trained in; in bfloat16 when that alone is asked for.
-    let known: &[DType] = match dtypes {
-        _ if dtypes.contains(&DType::F32) => &[DType::F32],
-        [DType::Bf16] => dtypes,
-        _ => &[],
-    };
-    for &dtype in known {
+    let known: Vec<DType> = dtypes.iter().copied().filter(|dtype| matches!(dtype, DType::F32 | DType::Bf16)).collect();
+    for &dtype in &known {
         let check = Check { golden, dtype, worst };
         (compared, worst) = replay_in(check, device)?;
     }
