@@ -99,7 +99,7 @@ impl Report {
         let target = target(args.device)?;
         let precision = args.dtype.unwrap_or(if target == Target::Cuda { Precision::Bf16 } else { Precision::F32 });
         let source = view_source(args, target, image_size, precision.dtype())?;
-        let shape = StepShape { batch, image_size, dtype: precision.dtype(), keep_gradients: false, source };
+        let shape = StepShape::new(batch, image_size, precision.dtype(), source);
         let TrainGraph { tape, params, .. } = model.record_step(&shape)?;
         if tape.values().iter().map(|v| v.desc.bytes() as u128).sum::<u128>() > MAX_BYTES {
             let what = format!("{batch} images of {image_size} pixels take more memory than any machine can address");

@@ -124,13 +124,8 @@ impl WorkloadArgs {
         }
         let precision = self.dtype.unwrap_or(Precision::default_on(&device));
         precision.check_trainable_on(&device)?;
-        let step = |batch| StepShape {
-            batch,
-            image_size,
-            dtype: precision.dtype(),
-            keep_gradients: false,
-            source: ViewSource::Given { padded: matches!(device, Device::Cuda(_)) },
-        };
+        let source = ViewSource::Given { padded: matches!(device, Device::Cuda(_)) };
+        let step = |batch| StepShape::new(batch, image_size, precision.dtype(), source.clone());
         let batch = match self.batch {
             Some(BatchChoice::Images(batch)) => batch,
             Some(BatchChoice::Largest) => largest_batch(&device, &model, &step)?,
@@ -151,13 +146,9 @@ impl Workload {
     /// # Errors
     /// A device that has not enough memory, or no library; [`Error::OutOfMemory`].
     pub fn synthetic(&self) -> Result<Synthetic> {
-        let graph = self.model.record_step(&StepShape {
-            batch: self.batch,
-            image_size: self.image_size,
-            dtype: self.precision.dtype(),
-            keep_gradients: false,
-            source: ViewSource::Given { padded: matches!(self.device, Device::Cuda(_)) },
-        })?;
+        let source = ViewSource::Given { padded: matches!(self.device, Device::Cuda(_)) };
+        let shape = StepShape::new(self.batch, self.image_size, self.precision.dtype(), source);
+        let graph = self.model.record_step(&shape)?;
         let TrainGraph { tape, views, step_params, loss, params, .. } = graph;
         let mut executor = self.device.executor_with(tape, self.options)?;
         write_initial(&mut *executor, &params, 0)?;
