@@ -207,12 +207,13 @@ impl Profile {
         self.table(
             out,
             ["phase", "", ""],
-            Phase::ALL.map(|p| ([name(p).into(), String::new(), String::new()], self.phase(p))),
+            Phase::ALL.map(|p| ([p.name().into(), String::new(), String::new()], self.phase(p))),
         )?;
-        let row =
-            |(op, phase, cost): (&str, Phase, Cost)| ([op.into(), name(phase).into(), format!("{}", cost.nodes)], cost);
+        let row = |(op, phase, cost): (&str, Phase, Cost)| {
+            ([op.into(), phase.name().into(), format!("{}", cost.nodes)], cost)
+        };
         self.table(out, ["kind of op", "phase", "nodes"], self.ops().into_iter().map(row))?;
-        let row = |node: &NodeCost| ([node.name.clone(), node.op.into(), name(node.phase).into()], node.cost);
+        let row = |node: &NodeCost| ([node.name.clone(), node.op.into(), node.phase.name().into()], node.cost);
         let heading = format!("slowest {} of {} nodes", top.min(self.nodes.len()), self.nodes.len());
         self.table(out, [heading.as_str(), "op", "phase"], self.slowest(top).into_iter().map(row))
     }
@@ -254,15 +255,15 @@ impl Profile {
 
     fn json(&self) -> Value {
         let (workload, total) = (&self.workload, self.total.time);
-        let phases = Phase::ALL.map(|phase| merged(json!({ "phase": name(phase) }), self.phase(phase).json(total)));
+        let phases = Phase::ALL.map(|phase| merged(json!({ "phase": phase.name() }), self.phase(phase).json(total)));
         let ops = self
             .ops()
             .into_iter()
-            .map(|(op, phase, cost)| merged(json!({ "op": op, "phase": name(phase) }), cost.json(total)));
+            .map(|(op, phase, cost)| merged(json!({ "op": op, "phase": phase.name() }), cost.json(total)));
         let nodes = self.nodes.iter().map(|node| {
             let NodeCost { index, name: node_name, op, phase, cost, fastest } = node;
             let what =
-                json!({ "node": index, "name": node_name, "op": op, "phase": name(*phase), "fastest_s": fastest });
+                json!({ "node": index, "name": node_name, "op": op, "phase": phase.name(), "fastest_s": fastest });
             merged(what, cost.json(total))
         });
         let [lower, step, upper] = self.step;
@@ -302,7 +303,7 @@ impl Profile {
         BarChart {
             title: self.workload.title(),
             subtitle: format!("{}: {speed}", self.workload.device.name()),
-            groups: Phase::ALL.map(|phase| name(phase).to_string()).to_vec(),
+            groups: Phase::ALL.map(|phase| phase.name().to_string()).to_vec(),
             key: "full colour: the least time by the roofline".into(),
             columns: ["time", "share", "of roofline"].map(String::from).to_vec(),
             panels,
@@ -335,14 +336,6 @@ fn node_costs(executor: &dyn Executor, peaks: &Peaks, times: &[Vec<Duration>]) -
         NodeCost { index, name: node.name.clone(), op: node.op.name(), phase: node.phase, cost, fastest: seconds[0] }
     };
     nodes.filter(|(_, (node, _))| !node.op.is_view()).map(cost).collect()
-}
-
-fn name(phase: Phase) -> &'static str {
-    match phase {
-        Phase::Forward => "forward",
-        Phase::Backward => "backward",
-        Phase::Update => "update",
-    }
 }
 
 /// Seconds as people read them.

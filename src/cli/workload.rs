@@ -77,6 +77,9 @@ pub struct WorkloadArgs {
     /// On a GPU: time all algorithms of cuDNN and cuBLASLt for each layer, instead of the first of each.
     #[arg(long)]
     autotune: bool,
+    /// On a GPU: mark steps, phases and layers for Nsight, which has to have started the program (tools/profile.sh).
+    #[arg(long)]
+    nvtx: bool,
     /// Implementation of the CPU's convolutions.
     #[arg(long, value_enum, default_value_t)]
     cpu_conv: Tier,
@@ -132,7 +135,7 @@ impl WorkloadArgs {
             None => default_batch(&device),
         };
         let flops = flops(&model.train_graph(batch, image_size, precision.dtype(), false)?.tape);
-        let options = Options { graph: !self.no_graph, choice: precision.choice(self.autotune) };
+        let options = Options { graph: !self.no_graph, choice: precision.choice(self.autotune), nvtx: self.nvtx };
         // Before the step takes the memory.
         let peaks = Peaks::measure(&device, precision, self.peak_tflops)?;
         let (preset, choice, cpu_conv) = (self.preset, self.device, self.cpu_conv);

@@ -138,6 +138,7 @@ fn configuration(path: &Path, args: &DataArgs, workload: &Workload) -> RunConfig
             dtype: workload.precision,
             graph: workload.options.graph,
             autotune: workload.options.choice.autotune,
+            nvtx: workload.options.nvtx,
             workers: args.workers,
             io: args.io,
             cpu_conv: workload.cpu_conv,
