@@ -221,8 +221,10 @@ __device__ __forceinline__ void eval_scale(const float* __restrict__ variance, c
 // ---------------------------------------------------------------------------------------------------------------------
 // Applying. Grid: one block per tile.
 
-// y = act((x - mean) scale + beta + residual); mean and scale are [groups][channels], beta is [channels] or null (0). As
-// on the CPU, a ReLU turns NaN into 0: non-finite values are looked for in the inputs and losses.
+// y = act((x - mean) scale + beta + residual); mean and scale are [groups][channels], beta is [channels] or null (0). In front
+// of a residual the sum is rounded to T, as where batch norm and addition are two ops: networks amplify each rounding, and
+// only with the same ones can results be compared with those of PyTorch's autocast. As on the CPU, a ReLU turns NaN into 0:
+// non-finite values are looked for in the inputs and losses.
 template <int N, bool RESIDUAL, class T>
 __device__ __forceinline__ void apply(const T* __restrict__ x, const T* __restrict__ residual, const float* __restrict__ mean,
                                       const float* __restrict__ scale, const float* __restrict__ beta, bool relu, T* y,
@@ -244,7 +246,7 @@ __device__ __forceinline__ void apply(const T* __restrict__ x, const T* __restri
 #pragma unroll
             for (int k = 0; k < N; ++k) {
                 float out = (v[u][k] - m[k]) * s[k] + b[k];
-                if (RESIDUAL) out += r[u][k];
+                if (RESIDUAL) out = to_float(from_float<T>(out)) + r[u][k];
                 v[u][k] = relu && !(out > 0.0f) ? 0.0f : out;
             }
         store_rows(y + i, v, tile.stride);

@@ -63,7 +63,7 @@ lars(const __grid_constant__ Parameters table, int32_t count, const Scale* scale
     const int parameter = find_parameter(table, count, blockIdx.x);
     const Parameter& p = table.at[parameter];
     const Scale scale = scales[parameter];
-    const Hyper hyper = {float(step_params[p.lr]), float(step_params[MOMENTUM]), scale.weight_decay, scale.ratio};
+    const Hyper hyper = {float(step_params[p.lr]), float(step_params[MOMENTUM]), scale.weight_decay, 1.0f, scale.ratio};
     update_chunk<float>(p, blockIdx.x, hyper);
 }
 EXPORT(lars)

@@ -4,6 +4,9 @@
 
 #include "common.cuh"
 
+constexpr float LARGEST_FLOAT = 3.402823466e38f;
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) <= LARGEST_FLOAT; } // NaN compares false
+
 constexpr int UPDATE_THREADS = 256;
 constexpr int CHUNK = 4096;    // elements of one block
 constexpr int CAPACITY = 512;  // parameters of one launch: ResNet-152 with its heads has 476
@@ -42,17 +45,25 @@ __device__ __forceinline__ int find_parameter(const Parameters& table, int count
     return low;
 }
 
-struct Hyper {
-    float lr, momentum, weight_decay;
-    float scale; // of the gradient with its weight decay; 1 changes no bit
-};
-
-// v = momentum v + scale (d_w + weight_decay w), w = w - lr v, and the copy if there is one, in chunk number `chunk` of
-// the launch. The order of the operations is that of the CPU: equal bits.
-template <class T> __device__ __forceinline__ void update_chunk(const Parameter& p, uint32_t chunk, const Hyper hyper) {
+// Calls f(i, Count<N>) for the elements of chunk number `chunk` of the launch: N of them from the parameter's i-th on.
+template <class F> __device__ __forceinline__ void for_chunk(const Parameter& p, uint32_t chunk, F f) {
     const int64_t first = int64_t{chunk - p.first_chunk} * CHUNK;
     const int n = int(p.n - first < CHUNK ? p.n - first : CHUNK);
-    const auto update = [&](int64_t i, auto count) {
+    const int packed = n / UPDATE_PACK * UPDATE_PACK;
+    for (int i = threadIdx.x * UPDATE_PACK; i < packed; i += UPDATE_THREADS * UPDATE_PACK) f(first + i, Count<UPDATE_PACK>{});
+    for (int i = packed + threadIdx.x; i < n; i += UPDATE_THREADS) f(first + i, Count<1>{});
+}
+
+struct Hyper {
+    float lr, momentum, weight_decay;
+    float unscale; // of the gradient, and
+    float scale;   // of the gradient with its weight decay; 1 changes no bit
+};
+
+// v = momentum v + scale (unscale d_w + weight_decay w), w = w - lr v, and the copy if there is one, in chunk number `chunk`
+// of the launch. The order of the operations is that of the CPU: equal bits.
+template <class T> __device__ __forceinline__ void update_chunk(const Parameter& p, uint32_t chunk, const Hyper hyper) {
+    for_chunk(p, chunk, [&](int64_t i, auto count) {
         constexpr int N = decltype(count)::value;
         float w[N], v[N], d_w[N];
         load(w, p.w + i);
@@ -60,16 +71,11 @@ template <class T> __device__ __forceinline__ void update_chunk(const Parameter&
         load(d_w, p.d_w + i);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
-            v[k] = hyper.momentum * v[k] + hyper.scale * (d_w[k] + hyper.weight_decay * w[k]);
+            v[k] = hyper.momentum * v[k] + hyper.scale * (hyper.unscale * d_w[k] + hyper.weight_decay * w[k]);
             w[k] -= hyper.lr * v[k];
         }
         store(p.v + i, v);
         store(p.w + i, w);
         if (p.copy != nullptr) store(static_cast<T*>(p.copy) + i, w);
-    };
-    const int packed = n / UPDATE_PACK * UPDATE_PACK;
-    for (int i = threadIdx.x * UPDATE_PACK; i < packed; i += UPDATE_THREADS * UPDATE_PACK) {
-        update(first + i, Count<UPDATE_PACK>{});
-    }
-    for (int i = packed + threadIdx.x; i < n; i += UPDATE_THREADS) update(first + i, Count<1>{});
+    });
 }

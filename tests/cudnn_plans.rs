@@ -59,7 +59,7 @@ fn convolutions(arch: Arch, (size, stem): (usize, Stem), views: usize, dtype: DT
     };
     let model = SimSiam { backbone, heads, similarity: Kind::Cosine, stop_gradient: true, symmetric: true };
     let source = ViewSource::Given { padded: true };
-    let shape = StepShape { batch: views / 2, image_size: size, dtype, keep_gradients: false, source };
+    let shape = StepShape::new(views / 2, size, dtype, source);
     let tape = model.record_step(&shape).unwrap().tape;
     tape.nodes().iter().filter_map(|node| convolution(&tape, node)).collect()
 }

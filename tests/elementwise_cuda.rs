@@ -15,7 +15,7 @@ use simsiam_engine::ops::cast::Cast;
 use simsiam_engine::ops::lars::LarsUpdate;
 use simsiam_engine::ops::layout::{NchwToNhwc, NhwcToNchw};
 use simsiam_engine::ops::pad_channels::PadChannels;
-use simsiam_engine::ops::sgd::{SgdUpdate, StepParam};
+use simsiam_engine::ops::sgd::{Guard, SgdUpdate, StepParam};
 use simsiam_engine::ops::slice_rows::SliceRows;
 use simsiam_engine::rng::Stream;
 use simsiam_engine::tensor::{DType, HostTensor, TensorDesc};
@@ -87,7 +87,7 @@ fn sgd_has_the_bits_of_the_cpu_and_copies_are_the_rounded_weights() {
         let with_copy: Vec<usize> = (0..sizes.len()).rev().filter(|i| i % 4 != 2).collect();
         let copies: Vec<(usize, DType)> = with_copy.iter().map(|&i| (i, narrow)).collect();
         let step = |device: &Device| {
-            let op = |lr| SgdUpdate { lr, copies: with_copy.clone() };
+            let op = |lr| SgdUpdate { lr, copies: with_copy.clone(), guard: Guard::None };
             let (tape, updates) = optimiser(sizes, &copies, op);
             run(device, tape, &updates)
         };

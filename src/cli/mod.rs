@@ -13,15 +13,18 @@ mod machine;
 mod meter;
 mod model_args;
 mod output;
+mod peaks;
 mod picture;
 mod plan;
 mod prepare;
 mod preset;
+mod profile;
 mod recipe_args;
 mod selftest;
 pub mod signals;
 mod source_args;
 mod train;
+mod workload;
 
 use std::collections::BTreeSet;
 use std::process::ExitCode;
@@ -61,6 +64,8 @@ enum Command {
     AugmentPreview(augment_preview::AugmentPreviewArgs),
     /// Tell the memory and the work of a training step, without running it.
     Plan(plan::PlanArgs),
+    /// Time every node of a training step, and say how far each is from what the device could do.
+    Profile(Box<profile::ProfileArgs>),
     /// Write the trained backbone as a file that torchvision loads.
     Export(export::ExportArgs),
     /// Measure a part of the engine on this machine, and name what holds it up.
@@ -95,6 +100,7 @@ fn run(command: Command) -> Result<()> {
         Command::Inspect(args) => inspect::run(args),
         Command::AugmentPreview(args) => augment_preview::run(args),
         Command::Plan(args) => plan::run(args),
+        Command::Profile(args) => profile::run(&args),
         Command::Export(args) => export::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Devices(args) => devices::run(&args),

@@ -31,7 +31,7 @@ pub enum Role {
     Optimiser,
     /// Computed by a forward node.
     Activation,
-    /// Computed by a backward node.
+    /// Computed by a backward or update node.
     Gradient,
 }
 
@@ -56,6 +56,15 @@ pub enum Phase {
 impl Phase {
     /// All phases, in the order of a step.
     pub const ALL: [Phase; 3] = [Phase::Forward, Phase::Backward, Phase::Update];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Forward => "forward",
+            Phase::Backward => "backward",
+            Phase::Update => "update",
+        }
+    }
 }
 
 /// A value: a leaf or the output of a node.
@@ -236,23 +245,25 @@ impl Tape {
         self.nodes.push(node);
     }
 
-    /// Appends a node of the update phase: it reads `inputs`, changes `updates` and has no outputs.
+    /// Appends a node of the update phase: it reads `inputs` and changes `updates`; returns its outputs, which most have none of.
     ///
     /// # Errors
     /// As [`Tape::record`].
-    pub fn update(&mut self, op: impl Op + 'static, inputs: &[ValueId], updates: &[ValueId]) -> Result<()> {
+    pub fn update(&mut self, op: impl Op + 'static, inputs: &[ValueId], updates: &[ValueId]) -> Result<Vec<ValueId>> {
         let name = self.node_name(op.name());
         let described: Vec<ValueId> = inputs.iter().chain(updates).copied().collect();
-        self.infer(&op, &name, &described)?;
+        let descs = self.infer(&op, &name, &described)?;
+        let output = |(i, desc)| self.push_value(format!("{name}:{i}"), desc, Role::Gradient, false);
+        let outputs: Vec<ValueId> = descs.into_iter().enumerate().map(output).collect();
         self.nodes.push(Node {
             op: Arc::new(op),
             name,
             phase: Phase::Update,
             inputs: inputs.to_vec(),
-            outputs: Vec::new(),
+            outputs: outputs.clone(),
             updates: updates.to_vec(),
         });
-        Ok(())
+        Ok(outputs)
     }
 
     fn node_name(&self, op: &str) -> String {

@@ -5,13 +5,14 @@ use crate::graph::builtin::Constant;
 use crate::graph::{Role, Tape, ValueId, backward};
 use crate::nn::builder::{Builder, Mode};
 use crate::nn::heads::Heads;
-use crate::nn::params::{ParamGroup, ParamInfo};
+use crate::nn::params::{Init, ParamGroup, ParamInfo};
 use crate::nn::resnet::ResNet;
 use crate::ops::augment::{AugmentViews, Augmentation};
 use crate::ops::conv2d::gradient_dtype;
 use crate::ops::cosine_loss::CosineLoss;
+use crate::ops::loss_scale::{LossScaleUpdate, LossScaling};
 use crate::ops::pad_channels::PadChannels;
-use crate::ops::sgd::{SgdUpdate, StepParam};
+use crate::ops::sgd::{Guard, SgdUpdate, StepParam};
 use crate::ops::similarity::{Kind, Similarity};
 use crate::ops::slice_rows::SliceRows;
 use crate::ops::z_std::ZStd;
@@ -35,6 +36,9 @@ pub struct SimSiam {
 
 /// Channels that an image is padded to for convolutions on CUDA devices: with 3 cuDNN wants 200 MB of scratch, with 8 none.
 pub const PADDED_CHANNELS: usize = 8;
+
+/// Name of the loss's scale, and prefix of the names of all that belongs to it.
+pub const LOSS_SCALE: &str = "loss_scale";
 
 /// Where the views of a step come from.
 #[derive(Debug, Clone)]
@@ -66,6 +70,16 @@ pub struct StepShape {
     pub keep_gradients: bool,
     /// Where the views come from.
     pub source: ViewSource,
+    /// How the loss is scaled against underflow, if it is.
+    pub scaling: Option<LossScaling>,
+}
+
+impl StepShape {
+    /// A step that keeps no gradients, and scales the loss in float16.
+    pub fn new(batch: usize, image_size: usize, dtype: DType, source: ViewSource) -> StepShape {
+        let scaling = (dtype == DType::F16).then(LossScaling::default);
+        StepShape { batch, image_size, dtype, keep_gradients: false, source, scaling }
+    }
 }
 
 /// Inputs that views are made of, see [`ViewSource::Stored`].
@@ -98,8 +112,10 @@ pub struct TrainGraph {
     pub params: Vec<ParamInfo>,
     /// Momentum buffers of the trainable parameters: name and value.
     pub momenta: Vec<(String, ValueId)>,
-    /// Gradients of the trainable parameters, in the same order.
+    /// Gradients of the trainable parameters, in the same order; times the loss scale, if there is one.
     pub gradients: Vec<(String, ValueId)>,
+    /// The scalar that scales the loss of the next step, if gradients are scaled. It is among `params`.
+    pub loss_scale: Option<ValueId>,
 }
 
 /// A recorded forward pass in evaluation mode.
@@ -126,7 +142,8 @@ impl SimSiam {
     }
 
     /// Records one training step for `batch` images of `image_size` pixels. With `keep_gradients` the parameters' gradients
-    /// stay readable after the step.
+    /// stay readable after the step. In float16, whose range gradients leave, the loss is scaled as PyTorch's `GradScaler`
+    /// does by default.
     ///
     /// # Errors
     /// Settings that do not fit together.
@@ -138,7 +155,7 @@ impl SimSiam {
         keep_gradients: bool,
     ) -> Result<TrainGraph> {
         let source = ViewSource::Given { padded: false };
-        self.record_step(&StepShape { batch, image_size, dtype, keep_gradients, source })
+        self.record_step(&StepShape { keep_gradients, ..StepShape::new(batch, image_size, dtype, source) })
     }
 
     /// Records one training step.
@@ -146,7 +163,7 @@ impl SimSiam {
     /// # Errors
     /// Settings that do not fit together.
     pub fn record_step(&self, shape: &StepShape) -> Result<TrainGraph> {
-        let &StepShape { batch, dtype, keep_gradients, .. } = shape;
+        let &StepShape { batch, dtype, keep_gradients, scaling, .. } = shape;
         self.validate()?;
         if batch < 2 {
             return Err(Error::config(
@@ -157,17 +174,27 @@ impl SimSiam {
         let mut tape = Tape::new();
         let (views, stored) = record_views(&mut tape, shape)?;
         let step_params = tape.leaf("step_params", StepParam::desc(), Role::Input, false);
-        let seed = Constant { value: 1.0, dtype: gradient_dtype(dtype) };
-        let d_loss = tape.scoped("d_loss", |tape| tape.record_one(seed, &[]))?;
+        let scaler = scaling.map(|scaling| Scaler::record(&mut tape, scaling, dtype));
+        let d_loss = match &scaler {
+            Some(scaler) => scaler.scale(),
+            None => {
+                let seed = Constant { value: 1.0, dtype: gradient_dtype(dtype) };
+                tape.scoped("d_loss", |tape| tape.record_one(seed, &[]))?
+            }
+        };
         let mut b = Builder::new(&mut tape, Mode::Train { groups: 2 }, dtype);
         let (p, z) = self.record_pair(&mut b, shape, views)?;
-        let params = b.params;
+        let mut params = b.params;
         let [loss, z_std] = self.record_loss(&mut tape, [p, z], batch, d_loss)?;
         for kept in [loss, z, z_std] {
             tape.keep(kept);
         }
-        let (momenta, gradients) = record_update(&mut tape, (loss, d_loss), step_params, &params, keep_gradients)?;
-        Ok(TrainGraph { tape, views, stored, step_params, loss, z_std, z, params, momenta, gradients })
+        let seed = (loss, d_loss);
+        let (momenta, gradients) =
+            record_update(&mut tape, seed, step_params, &params, keep_gradients, scaler.as_ref())?;
+        let loss_scale = scaler.as_ref().map(Scaler::scale);
+        params.extend(scaler.into_iter().flat_map(|scaler| scaler.state));
+        Ok(TrainGraph { tape, views, stored, step_params, loss, z_std, z, params, momenta, gradients, loss_scale })
     }
 
     /// Predictions p and the projections z of both views.
@@ -254,6 +281,39 @@ fn record_views(tape: &mut Tape, shape: &StepShape) -> Result<(ValueId, Option<S
     Ok((views, Some(StoredInputs { pixels, descriptors })))
 }
 
+/// The state of a loss scaling on the tape.
+#[derive(Debug)]
+struct Scaler {
+    scaling: LossScaling,
+    /// The scale, and good steps since it changed.
+    state: [ParamInfo; 2],
+}
+
+impl Scaler {
+    fn record(tape: &mut Tape, scaling: LossScaling, dtype: DType) -> Scaler {
+        let mut leaf = |name: &str, dtype, start| {
+            let desc = TensorDesc::new([], dtype);
+            let value = tape.leaf(name, desc.clone(), Role::State, false);
+            let (group, init) = (ParamGroup::Encoder, Init::Constant(start));
+            ParamInfo { name: name.into(), value, desc, trainable: false, group, init }
+        };
+        let scale = leaf(LOSS_SCALE, gradient_dtype(dtype), scaling.init);
+        Scaler { scaling, state: [scale, leaf(&format!("{LOSS_SCALE}.good_steps"), DType::I64, 0.0)] }
+    }
+
+    fn scale(&self) -> ValueId {
+        self.state[0].value
+    }
+
+    /// Appends the change of the scale; returns what gradients are to be multiplied by.
+    fn update(&self, tape: &mut Tape, loss: ValueId, gradients: &Named) -> Result<ValueId> {
+        let inputs: Vec<ValueId> = [loss].into_iter().chain(gradients.iter().map(|(_, g)| *g)).collect();
+        let op = LossScaleUpdate { scaling: self.scaling };
+        let state = self.state.each_ref().map(|s| s.value);
+        Ok(tape.scoped("loss_scale", |tape| tape.update(op, &inputs, &state))?[0])
+    }
+}
+
 /// Named values of a graph.
 type Named = Vec<(String, ValueId)>;
 
@@ -264,6 +324,7 @@ fn record_update(
     step_params: ValueId,
     params: &[ParamInfo],
     keep_gradients: bool,
+    scaler: Option<&Scaler>,
 ) -> Result<(Named, Named)> {
     let all = backward(tape, &[(loss, d_loss)])?;
     let trained: Vec<&ParamInfo> = params.iter().filter(|p| p.trainable && all.contains_key(&p.value)).collect();
@@ -279,8 +340,13 @@ fn record_update(
         ParamGroup::Encoder => StepParam::Lr,
         ParamGroup::Predictor => StepParam::PredictorLr,
     });
-    let op = SgdUpdate { lr: lr.collect(), copies: Vec::new() };
-    let inputs: Vec<ValueId> = [step_params].into_iter().chain(gradients.iter().map(|(_, g)| *g)).collect();
+    let (guard, guarded) = match scaler {
+        Some(scaler) => (Guard::Unscale, scaler.update(tape, loss, &gradients)?),
+        None => (Guard::Finite, loss),
+    };
+    let op = SgdUpdate { lr: lr.collect(), copies: Vec::new(), guard };
+    let gradient_values = gradients.iter().map(|(_, g)| *g);
+    let inputs: Vec<ValueId> = [step_params].into_iter().chain(gradient_values).chain([guarded]).collect();
     let updates: Vec<ValueId> = trained.iter().map(|p| p.value).chain(momenta.iter().map(|(_, v)| *v)).collect();
     tape.scoped("sgd", |tape| tape.update(op, &inputs, &updates))?;
     Ok((momenta, gradients))

@@ -12,6 +12,7 @@ pub mod knn;
 pub mod lars;
 pub mod layout;
 pub mod linear;
+pub mod loss_scale;
 pub mod pad_channels;
 pub mod pool;
 pub mod relu;
@@ -35,6 +36,7 @@ pub fn cuda_kernels() -> Vec<&'static Kernel> {
         cross_entropy::cuda::KERNELS,
         knn::cuda::KERNELS,
         lars::cuda::KERNELS,
+        loss_scale::cuda::KERNELS,
         layout::cuda::KERNELS,
         pad_channels::cuda::KERNELS,
         pool::cuda::KERNELS,

@@ -24,7 +24,7 @@ use crate::ops::linear::Linear;
 use crate::ops::pad_channels::PadChannels;
 use crate::ops::pool::{GlobalAvgPool, MaxPool};
 use crate::ops::relu::Relu;
-use crate::ops::sgd::{SgdUpdate, StepParam};
+use crate::ops::sgd::{Guard, SgdUpdate, StepParam};
 use crate::ops::similarity::{Kind, Similarity};
 use crate::ops::slice_rows::SliceRows;
 use crate::ops::z_std::ZStd;
@@ -197,7 +197,7 @@ impl Replay<'_> {
             OpCase::CrossEntropy => self.cross_entropy(),
             OpCase::ZStd => self.op(ZStd, &["z"], &["z_std"]),
             OpCase::Sgd { lr, momentum, weight_decay } => {
-                let op = SgdUpdate { lr: vec![StepParam::Lr], copies: Vec::new() };
+                let op = SgdUpdate { lr: vec![StepParam::Lr], copies: Vec::new(), guard: Guard::None };
                 self.optimiser(op, [lr, lr, momentum, weight_decay], &["g"], &["w"], &["v"])
             }
             OpCase::Lars { lr, momentum, weight_decay, trust, eps, ref adapted } => {

@@ -21,13 +21,8 @@ pub(super) fn replay(golden: &Golden, device: &Device, dtypes: &[DType]) -> Resu
         return Ok(("not run: its convolutions need cuDNN, which this version does not call".into(), Worst::default()));
     }
     let (mut worst, mut compared) = (Worst::default(), String::from("no element type in common"));
-    // Whole steps are compared in the type that they are trained in; in bfloat16 when that alone is asked for.
-    let known: &[DType] = match dtypes {
-        _ if dtypes.contains(&DType::F32) => &[DType::F32],
-        [DType::Bf16] => dtypes,
-        _ => &[],
-    };
-    for &dtype in known {
+    let known: Vec<DType> = dtypes.iter().copied().filter(|dtype| matches!(dtype, DType::F32 | DType::Bf16)).collect();
+    for &dtype in &known {
         let check = Check { golden, dtype, worst };
         (compared, worst) = replay_in(check, device)?;
     }
@@ -57,7 +52,7 @@ impl Start {
 pub(super) fn start(golden: &Golden, device: &Device, target: Target, dtype: DType, options: Options) -> Result<Start> {
     let source = ViewSource::Given { padded: target == Target::Cuda };
     let (batch, image_size) = (golden.parse("batch")?, golden.parse("image_size")?);
-    let shape = StepShape { batch, image_size, dtype, keep_gradients: true, source };
+    let shape = StepShape { keep_gradients: true, ..StepShape::new(batch, image_size, dtype, source) };
     let TrainGraph { tape, views, step_params, loss, z_std, params, gradients, .. } =
         model(golden)?.record_step(&shape)?;
     let mut exec = device.executor_with(tape, options)?;

@@ -74,7 +74,7 @@ fn convolutions(args: &ConvArgs) -> Result<Vec<(Vec<String>, Convolution)>> {
     if dtype == DType::F64 {
         return Err(Error::config("--dtype", "expected f32, tf32, bf16 or fp16, got f64"));
     }
-    let shape = StepShape { batch: args.batch, image_size, dtype, keep_gradients: false, source };
+    let shape = StepShape::new(args.batch, image_size, dtype, source);
     let tape = model.record_step(&shape)?.tape;
     let mut found: Vec<(Vec<String>, Convolution)> = vec![];
     for (name, convolution) in named(&tape) {

@@ -11,7 +11,7 @@ use crate::ops::cast::Cast;
 use crate::ops::conv2d::gradient_dtype;
 use crate::ops::cosine_loss::CosineLoss;
 use crate::ops::pool::{GlobalAvgPool, MaxPool};
-use crate::ops::sgd::{SgdUpdate, StepParam};
+use crate::ops::sgd::{Guard, SgdUpdate, StepParam};
 use crate::ops::similarity::{Kind, Similarity};
 use crate::ops::z_std::ZStd;
 use crate::tensor::{DType, TensorDesc};
@@ -143,7 +143,7 @@ fn sgd() -> Result<Case> {
         };
         let (gradients, weights) = (leaves("d_w", Role::Input), leaves("w", Role::Parameter));
         let momenta = leaves("v", Role::Optimiser);
-        let op = SgdUpdate { lr: vec![StepParam::Lr; params.len()], copies: Vec::new() };
+        let op = SgdUpdate { lr: vec![StepParam::Lr; params.len()], copies: Vec::new(), guard: Guard::None };
         let inputs: Vec<_> = [step_params].into_iter().chain(gradients).collect();
         let updates: Vec<_> = weights.into_iter().chain(momenta).collect();
         tape.update(op, &inputs, &updates)?;

@@ -3,7 +3,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::StepParam;
+use super::{Guard, SgdUpdate, StepParam};
 use crate::backend::cuda::kernel::kernels;
 use crate::backend::cuda::{CudaIo, DevicePtr, Grid};
 use crate::error::{Error, Result};
@@ -11,7 +11,7 @@ use crate::tensor::DType;
 
 kernels! { "sgd";
     /// The update of all parameters of a table, and of their copies in the kernel's type
-    fn sgd[F32, Bf16, F16; 256](table: Parameters, count: i32, step_params: DevicePtr);
+    fn sgd[F32, Bf16, F16; 256](table: Parameters, count: i32, step_params: DevicePtr, guard: DevicePtr, unscale: i32);
 }
 
 // As in kernels/update.cuh.
@@ -34,6 +34,11 @@ pub(in crate::ops) struct Parameter {
 }
 
 impl Parameter {
+    /// Nothing but a gradient of `n` elements.
+    pub fn gradient(d_w: DevicePtr, n: usize) -> Parameter {
+        Parameter { d_w, n: n as i64, ..Parameter::zeroed() }
+    }
+
     pub fn chunks(&self) -> usize {
         chunks(self.n as usize)
     }
@@ -97,17 +102,20 @@ pub(in crate::ops) fn parameters(io: &CudaIo<'_>, op: &str, lr: &[StepParam]) ->
     lr.iter().enumerate().map(parameter).collect()
 }
 
-pub(super) fn update(io: &CudaIo<'_>, lr: &[StepParam], copies: &[usize]) -> Result<()> {
+pub(super) fn update(io: &CudaIo<'_>, SgdUpdate { lr, copies, guard }: &SgdUpdate) -> Result<()> {
     let mut parameters = parameters(io, "sgd", lr)?;
     let copy_tensors = &io.updates[2 * lr.len()..];
     for (&parameter, copy) in copies.iter().zip(copy_tensors) {
         parameters[parameter].copy = copy.ptr;
     }
     let dtype = copy_tensors.first().map_or(DType::F32, |copy| copy.desc.dtype);
+    let scalar = io.inputs.get(1 + lr.len()).map_or(DevicePtr::NULL, |scalar| scalar.ptr);
+    let unscale = i32::from(*guard == Guard::Unscale);
     for launch in Launch::all(&parameters) {
-        let call = sgd(dtype, launch.table, launch.count as i32, io.inputs[0].ptr);
+        let call = sgd(dtype, launch.table, launch.count as i32, io.inputs[0].ptr, scalar, unscale);
         // SAFETY: `infer` checked that gradient, weight and momentum of each parameter have its `n` elements, that copies
-        // have them in the kernel's type, and that `step_params` has a value at every position of `StepParam`.
+        // have them in the kernel's type, that `step_params` has a value at every position of `StepParam`, and that a guard
+        // is a scalar of float32 where parameters are.
         unsafe { io.launch(launch.grid(), call)? };
     }
     Ok(())

@@ -4,7 +4,7 @@ pub(super) mod cuda;
 
 use rayon::prelude::*;
 
-use crate::backend::cpu::{CpuIo, Real};
+use crate::backend::cpu::{CpuIo, Input, Real};
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::Op;
@@ -39,10 +39,22 @@ impl StepParam {
     }
 }
 
+/// On which condition an update happens. It is decided on the device: the host sees a step's loss when the next one runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Guard {
+    /// Always.
+    #[default]
+    None,
+    /// When the scalar behind the gradients in the inputs, the loss, is finite.
+    Finite,
+    /// The same, and gradients are multiplied by that scalar: see [`crate::ops::loss_scale`].
+    Unscale,
+}
+
 /// `v = momentum v + (d_w + weight_decay w)`, `w = w - lr v` (dampening 0, no Nesterov).
 ///
-/// Inputs `step_params`, then a gradient per parameter; updates all weights, then all momentum buffers in the same order,
-/// then the low-precision copies.
+/// Inputs `step_params`, then a gradient per parameter, then the scalar of a guard if there is one; updates all weights, then
+/// all momentum buffers in the same order, then the low-precision copies. Where the guard forbids it, none of them changes.
 #[derive(Debug, Clone)]
 pub struct SgdUpdate {
     /// Which learning rate each parameter takes.
@@ -50,6 +62,19 @@ pub struct SgdUpdate {
     /// The parameters, by number and each at most once, that have a copy in bf16 or f16 (all in one type) which is to be
     /// what the new weight rounds to.
     pub copies: Vec<usize>,
+    /// On which condition anything is changed.
+    pub guard: Guard,
+}
+
+impl SgdUpdate {
+    /// What gradients are multiplied by; `None` when nothing is to be changed.
+    fn factor(&self, guard: Option<&Input<'_>>) -> Option<f64> {
+        let value = guard.map_or(1.0, |scalar| match scalar.desc.dtype {
+            DType::F64 => scalar.get::<f64>()[0],
+            _ => f64::from(scalar.get::<f32>()[0]),
+        });
+        value.is_finite().then_some(if self.guard == Guard::Unscale { value } else { 1.0 })
+    }
 }
 
 impl Op for SgdUpdate {
@@ -59,7 +84,15 @@ impl Op for SgdUpdate {
 
     fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
         let n = self.lr.len();
-        check_tensors("sgd", n, self.copies.len(), inputs)?;
+        let mut inputs = inputs.to_vec();
+        if self.guard != Guard::None && inputs.len() > 1 + n {
+            let guard = inputs.remove(1 + n);
+            let scalar = TensorDesc::new([], if guard.dtype == DType::F64 { DType::F64 } else { DType::F32 });
+            if *guard != scalar {
+                return Err(Error::shape("sgd", "guard", scalar, guard));
+            }
+        }
+        check_tensors("sgd", n, self.copies.len(), &inputs)?;
         let copies = &inputs[1 + 3 * n..];
         for (&parameter, copy) in self.copies.iter().zip(copies) {
             let weight = inputs.get(1 + n + parameter).filter(|_| parameter < n).ok_or_else(|| {
@@ -77,12 +110,14 @@ impl Op for SgdUpdate {
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
         let params = io.inputs[0].get::<f64>();
         let n = self.lr.len();
+        let Some(factor) = self.factor(io.inputs.get(1 + n)) else { return Ok(()) };
         let (weights, rest) = io.updates.split_at_mut(n);
         let (momenta, copies) = rest.split_at_mut(n);
         for (i, lr) in self.lr.iter().enumerate() {
             let gradient = &io.inputs[1 + i];
             dispatch_real!("sgd", gradient.desc.dtype, T => {
                 let hyper = Hyper::of(params, *lr, params[StepParam::WeightDecay as usize], 1.0);
+                let hyper = Hyper { unscale: T::of(factor), ..hyper };
                 update(weights[i].get::<T>(), momenta[i].get::<T>(), gradient.get::<T>(), hyper);
             });
         }
@@ -94,7 +129,7 @@ impl Op for SgdUpdate {
     }
 
     fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
-        cuda::update(io, &self.lr, &self.copies)
+        cuda::update(io, self)
     }
 }
 
@@ -122,7 +157,9 @@ pub(super) struct Hyper<T> {
     lr: T,
     momentum: T,
     weight_decay: T,
-    /// Of the gradient with its weight decay; 1 changes no bit.
+    /// Of the gradient.
+    unscale: T,
+    /// Of the gradient with its weight decay. 1 changes no bit of either.
     scale: T,
 }
 
@@ -130,17 +167,17 @@ impl<T: Real> Hyper<T> {
     pub fn of(step_params: &[f64], lr: StepParam, weight_decay: f64, scale: f64) -> Hyper<T> {
         let param = |p: StepParam| T::of(step_params[p as usize]);
         let [lr, momentum] = [lr, StepParam::Momentum].map(param);
-        Hyper { lr, momentum, weight_decay: T::of(weight_decay), scale: T::of(scale) }
+        Hyper { lr, momentum, weight_decay: T::of(weight_decay), unscale: T::ONE, scale: T::of(scale) }
     }
 }
 
-/// `v = momentum v + scale (d_w + weight_decay w)`, `w = w - lr v`.
+/// `v = momentum v + scale (unscale d_w + weight_decay w)`, `w = w - lr v`.
 pub(super) fn update<T: Real>(w: &mut [T], v: &mut [T], d_w: &[T], hyper: Hyper<T>) {
-    let Hyper { lr, momentum, weight_decay, scale } = hyper;
+    let Hyper { lr, momentum, weight_decay, unscale, scale } = hyper;
     let blocks = w.par_chunks_mut(BLOCK).zip(v.par_chunks_mut(BLOCK)).zip(d_w.par_chunks(BLOCK));
     blocks.for_each(|((w, v), d_w)| {
         for ((w, v), d_w) in w.iter_mut().zip(v).zip(d_w) {
-            *v = momentum * *v + scale * (*d_w + weight_decay * *w);
+            *v = momentum * *v + scale * (unscale * *d_w + weight_decay * *w);
             *w -= lr * *v;
         }
     });
@@ -151,7 +188,7 @@ mod tests {
     use super::*;
 
     fn infer(copies: Vec<usize>, tensors: &[TensorDesc]) -> Result<Vec<TensorDesc>> {
-        let op = SgdUpdate { lr: vec![StepParam::Lr, StepParam::PredictorLr], copies };
+        let op = SgdUpdate { lr: vec![StepParam::Lr, StepParam::PredictorLr], copies, guard: Guard::None };
         op.infer(&tensors.iter().collect::<Vec<_>>())
     }
 
