@@ -6,7 +6,6 @@ use std::process::{Command, Output, Stdio};
 
 use simsiam_engine::backend::cpu::Tier;
 use simsiam_engine::data::augment::AugmentConfig;
-use simsiam_engine::data::mapped::Access;
 use simsiam_engine::exec::CpuExecutor;
 use simsiam_engine::nn::heads::{HeadNorm, Heads, OutBias, PredictorKind};
 use simsiam_engine::nn::resnet::{Block, ResNet, Stem};
@@ -265,7 +264,7 @@ fn run_folder(folder: &Path) -> NamedTensors {
         augment: AugmentConfig { image_size: 40, ..AugmentConfig::imagenet() },
         log: Logging { every: 1, rank_every: 1, checkpoint_epochs: 1, checkpoint_steps: 0, keep_last: 2 },
         knn: None,
-        machine: Machine { workers: 1, io: Access::Auto, cpu_conv: Tier::Direct, check: false },
+        machine: Machine::default(),
     };
     config.write(folder).unwrap();
     fs::create_dir(folder.join("checkpoints")).unwrap();

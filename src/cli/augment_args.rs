@@ -72,10 +72,7 @@ impl AugmentArgs {
     /// # Errors
     /// [`crate::error::Error::Config`] naming the option that makes no sense.
     pub fn resolve(&self, preset: Preset) -> Result<AugmentConfig> {
-        let preset = match preset {
-            Preset::Imagenet => AugmentConfig::imagenet(),
-            Preset::Cifar => AugmentConfig::cifar(),
-        };
+        let preset = preset.augment();
         let kernel = self.blur_kernel.map(|kernel| match kernel {
             Kernel::Pil => BlurKernel::Pil,
             Kernel::Gaussian => BlurKernel::Gaussian,

@@ -12,18 +12,20 @@ use crate::data::augment::AugmentConfig;
 use crate::data::dataset::Dataset;
 use crate::data::import::idx::Idx;
 use crate::data::import::{self, Options, Store};
-use crate::data::mapped::Access;
 use crate::error::{Error, Result};
 use crate::eval::features::{FeatureExtractor, KnnProbe};
 use crate::eval::knn::Knn;
+use crate::exec::Device;
 use crate::nn::heads::{HeadNorm, Heads, OutBias, PredictorKind};
 use crate::nn::resnet::{Block, ResNet, Stem};
 use crate::nn::simsiam::SimSiam;
 use crate::ops::similarity::Kind;
 use crate::report::chart::{Panel, Series, write_chart};
+use crate::tensor::DType;
 use crate::train::config::{KnnMonitor, Logging, Machine, Recipe, RunConfig};
 use crate::train::metrics::{self, Line};
 use crate::train::run::{Run, RunFolder, Summary};
+use crate::train::trainer::Trainer;
 
 /// 6,000 training and 1,000 test images of Fashion-MNIST (MIT licence, see assets/fashion-mnist).
 const FILES: [(&str, &[u8]); 4] = [
@@ -126,7 +128,7 @@ impl Demo {
     }
 
     fn probe(&self, model: &SimSiam) -> Result<KnnProbe> {
-        let extractor = FeatureExtractor::new(model, &augment(), Tier::Direct)?;
+        let extractor = FeatureExtractor::new(model, &augment(), &Device::Cpu(Tier::Direct), DType::F32)?;
         KnnProbe::new(extractor, Arc::clone(&self.train), Arc::clone(&self.test), KNN)
     }
 
@@ -197,7 +199,8 @@ impl Demo {
         let config = self.config(model, epochs);
         let folder = RunFolder::create(&self.out.join(name), &config)?;
         let probe = self.probe(model)?;
-        let run = Run::new(&folder, &config, Arc::clone(&self.train), Some(Box::new(probe)))?;
+        let trainer = Trainer::new(&config, &Device::Cpu(Tier::Direct), &self.train)?;
+        let run = Run::new(&folder, &config, trainer, Arc::clone(&self.train), Some(Box::new(probe)))?;
         let summary = run.train(interrupted)?;
         if !summary.finished {
             let (step, path) = (summary.step, folder.path().display());
@@ -238,7 +241,7 @@ impl Demo {
                 temperature: KNN.temperature,
                 every_epochs: 1,
             }),
-            machine: Machine { workers: 1, io: Access::Auto, cpu_conv: Tier::Direct, check: false },
+            machine: Machine::default(),
         }
     }
 

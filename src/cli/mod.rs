@@ -4,7 +4,6 @@ mod augment_args;
 mod augment_preview;
 mod bench;
 mod demo;
-mod device;
 mod export;
 mod facts;
 mod inspect;

@@ -7,18 +7,20 @@ use std::path::PathBuf;
 use indicatif::HumanCount;
 use serde_json::json;
 
-use super::device::Precision;
 use super::model_args::{ModelArgs, arch_name};
 use super::output::print;
 use super::preset::Preset;
 use super::recipe_args::BATCH;
 use crate::atomic::write_atomic;
+use crate::data::augment::AugmentConfig;
 use crate::error::{Error, Result};
+use crate::exec::{DeviceChoice, Precision};
 use crate::graph::plan::{Buffer, Target};
 use crate::graph::{Node, Phase, Plan, Role, Tape, dump};
 use crate::nn::ParamInfo;
-use crate::nn::simsiam::{SimSiam, TrainGraph};
-use crate::tensor::TensorDesc;
+use crate::nn::simsiam::{PADDED_CHANNELS, SimSiam, StepShape, TrainGraph, ViewSource};
+use crate::ops::augment::Augmentation;
+use crate::tensor::{DType, TensorDesc};
 
 /// No address space is larger; sums of sizes below it do not overflow.
 const MAX_BYTES: u128 = 1 << 60;
@@ -36,9 +38,15 @@ pub struct PlanArgs {
     /// Height and width of a view in pixels [default: imagenet 224, cifar 32].
     #[arg(long, value_name = "PIXELS")]
     image_size: Option<usize>,
-    /// Element type of the activations.
-    #[arg(long, value_enum, default_value_t)]
-    dtype: Precision,
+    /// Kind of device that the plan is for: cpu, or cuda, which need not be there.
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    device: DeviceChoice,
+    /// Element type of the activations [default: bf16 for cuda, f32 for the CPU].
+    #[arg(long, value_enum)]
+    dtype: Option<Precision>,
+    /// Side in pixels of the stored images that a CUDA device makes the views of, as `prepare` stores them.
+    #[arg(long, value_name = "PIXELS", default_value_t = 256)]
+    stored_size: usize,
     /// How many of the largest buffers to list.
     #[arg(long, value_name = "N", default_value_t = 10)]
     top: usize,
@@ -81,19 +89,23 @@ struct Report {
 impl Report {
     fn new(args: &PlanArgs) -> Result<Report> {
         let model = args.model.resolve(args.preset)?;
-        let (batch, precision, top) = (args.batch, args.dtype, args.top);
+        let (batch, top) = (args.batch, args.top);
         let image_size = args.image_size.unwrap_or(args.preset.image_size());
         for (option, value, max) in [("--batch", batch, MAX_BATCH), ("--image-size", image_size, MAX_IMAGE_SIZE)] {
             if !(1..=max).contains(&value) {
                 return Err(Error::config(option, format!("expected 1 to {max}, got {value}")));
             }
         }
-        let TrainGraph { tape, params, .. } = model.train_graph(batch, image_size, precision.dtype(), false)?;
+        let target = target(args.device)?;
+        let precision = args.dtype.unwrap_or(if target == Target::Cuda { Precision::Bf16 } else { Precision::F32 });
+        let source = view_source(args, target, image_size, precision.dtype())?;
+        let shape = StepShape { batch, image_size, dtype: precision.dtype(), keep_gradients: false, source };
+        let TrainGraph { tape, params, .. } = model.record_step(&shape)?;
         if tape.values().iter().map(|v| v.desc.bytes() as u128).sum::<u128>() > MAX_BYTES {
             let what = format!("{batch} images of {image_size} pixels take more memory than any machine can address");
             return Err(Error::config("--batch", what));
         }
-        let plan = Plan::new(&tape, Target::Cpu)?;
+        let plan = Plan::new(&tape, target)?;
         let count = |keep: &dyn Fn(&ParamInfo) -> bool| -> usize {
             params.iter().filter(|p| keep(p)).map(|p| p.desc.shape.len()).sum()
         };
@@ -218,6 +230,26 @@ impl Report {
             "largest_buffers": buffers.collect::<Vec<_>>(),
         })
     }
+}
+
+/// The kind of device; a plan needs none.
+fn target(device: DeviceChoice) -> Result<Target> {
+    match device {
+        DeviceChoice::Cpu => Ok(Target::Cpu),
+        DeviceChoice::Cuda(_) | DeviceChoice::CudaEmulated => Ok(Target::Cuda),
+        DeviceChoice::Auto => Err(Error::config("--device", "expected cpu or cuda, got auto: a plan opens no device")),
+    }
+}
+
+/// Views as `train` makes them: by the loader for the CPU, from stored bytes on a CUDA device.
+fn view_source(args: &PlanArgs, target: Target, image_size: usize, dtype: DType) -> Result<ViewSource> {
+    if target == Target::Cpu {
+        return Ok(ViewSource::Given { padded: false });
+    }
+    let config = AugmentConfig { image_size, ..args.preset.augment() };
+    let augmentation = Augmentation::new(&config, dtype, PADDED_CHANNELS, args.stored_size)?;
+    let pixel_bytes = args.batch.saturating_mul(args.stored_size * args.stored_size * 3);
+    Ok(ViewSource::Stored { augmentation, pixel_bytes })
 }
 
 fn flops(tape: &Tape) -> u64 {

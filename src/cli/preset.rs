@@ -1,5 +1,7 @@
 //! `--preset`: which recipe the defaults of all other options come from.
 
+use crate::data::augment::AugmentConfig;
+
 /// A recipe of the paper.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum Preset {
@@ -16,6 +18,14 @@ impl Preset {
         match self {
             Preset::Imagenet => 224,
             Preset::Cifar => 32,
+        }
+    }
+
+    /// The views.
+    pub fn augment(self) -> AugmentConfig {
+        match self {
+            Preset::Imagenet => AugmentConfig::imagenet(),
+            Preset::Cifar => AugmentConfig::cifar(),
         }
     }
 }

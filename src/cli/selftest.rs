@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use super::device::{Device, Precision};
 use super::output::print;
 use crate::backend::cpu::Tier;
 use crate::error::{Error, Result};
+use crate::exec::{Device, DeviceChoice, Precision};
 use crate::selftest::{self, Outcome};
 use crate::tensor::DType;
 
@@ -15,42 +15,60 @@ pub struct SelftestArgs {
     #[arg(long, value_name = "DIR")]
     golden: Option<PathBuf>,
     /// Where to compute.
-    #[arg(long, value_enum, default_value_t)]
-    device: Device,
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    device: DeviceChoice,
     /// Element type of the activations [default: every one that the device computes in].
     #[arg(long, value_enum)]
     dtype: Option<Precision>,
+    /// Instead of goldens: train N steps replaying a CUDA graph and N launching node by node; every bit must be the same.
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "200", conflicts_with_all = ["golden", "lockstep"])]
+    replay: Option<usize>,
+    /// Instead of goldens: run a step on the device and on the CPU node by node, and name the first node that diverges.
+    #[arg(long, conflicts_with = "golden")]
+    lockstep: bool,
     /// The CPU's convolutions.
     #[arg(long, value_enum, default_value_t)]
     cpu_conv: Tier,
 }
 
 pub fn run(args: SelftestArgs) -> Result<()> {
-    let device = args.device.open(args.cpu_conv)?;
+    let device = args.device.open(args.cpu_conv)?.device;
     let mut printed = Ok(());
-    let outcomes = selftest::run(args.golden.as_deref(), &device, &dtypes(args.device, args.dtype)?, |outcome| {
+    let report = |outcome: &Outcome| {
         if printed.is_ok() {
             printed = print(|out| writeln!(out, "{}", line(outcome)));
         }
-    })?;
+    };
+    let dtypes = dtypes(&device, args.dtype)?;
+    let outcomes = match args.replay {
+        Some(steps) => selftest::replays(&device, &dtypes, steps, report)?,
+        None if args.lockstep => selftest::lockstep(&device, report)?,
+        None => selftest::run(args.golden.as_deref(), &device, &dtypes, report)?,
+    };
     printed?;
     let failed: Vec<&str> = outcomes.iter().filter(|o| !o.passed()).map(|o| o.name.as_str()).collect();
     if !failed.is_empty() {
         let (n, all) = (failed.len(), outcomes.len());
-        return Err(Error::Mismatch(format!("selftest: {n} of {all} files failed: {}", failed.join(", "))));
+        let what = if args.replay.is_some() || args.lockstep { "runs" } else { "files" };
+        return Err(Error::Mismatch(format!("selftest: {n} of {all} {what} failed: {}", failed.join(", "))));
     }
-    print(|out| writeln!(out, "all {} files agree with PyTorch", outcomes.len()))
+    let with = match (args.replay, args.lockstep) {
+        (Some(_), _) => "runs are the same launched and replayed",
+        (_, true) => "steps agree with the CPU",
+        _ => "files agree with PyTorch",
+    };
+    print(|out| writeln!(out, "all {} {with}", outcomes.len()))
 }
 
 /// The element types to compute in. On the CPU every op is checked in f64 too, whatever is asked for.
-fn dtypes(device: Device, asked: Option<Precision>) -> Result<Vec<DType>> {
+fn dtypes(device: &Device, asked: Option<Precision>) -> Result<Vec<DType>> {
     let all = match device {
-        Device::Cpu => vec![DType::F64, DType::F32],
-        Device::Cuda | Device::CudaEmulated => vec![DType::F32, DType::Bf16, DType::F16],
+        Device::Cpu(_) => vec![DType::F64, DType::F32],
+        Device::Cuda(_) => vec![DType::F32, DType::Bf16, DType::F16],
     };
     match (device, asked.map(Precision::dtype)) {
-        (_, None) | (Device::Cpu, Some(DType::F32)) => Ok(all),
-        (_, Some(dtype)) if device != Device::Cpu && all.contains(&dtype) => Ok(vec![dtype]),
+        (_, None) | (Device::Cpu(_), Some(DType::F32)) => Ok(all),
+        (Device::Cuda(_), Some(dtype)) if all.contains(&dtype) => Ok(vec![dtype]),
         (_, Some(dtype)) => {
             let known: Vec<String> = all.iter().map(DType::to_string).collect();
             let what = format!("--dtype {dtype}: not computed on this device");

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::augment_args::AugmentArgs;
-use super::device::{Device, Precision, check_trainable};
 use super::model_args::ModelArgs;
 use super::preset::Preset;
 use super::recipe_args::RecipeArgs;
@@ -15,8 +14,10 @@ use crate::data::mapped::Access;
 use crate::error::{Error, Result};
 use crate::eval::features::{FeatureExtractor, KnnProbe};
 use crate::eval::knn::Knn;
+use crate::exec::{Device, DeviceChoice, Opened, Precision};
 use crate::train::config::{KnnMonitor, Logging, Machine, RunConfig};
 use crate::train::run::{Probe, Run, RunFolder, Summary};
+use crate::train::trainer::Trainer;
 
 #[derive(Debug, clap::Args)]
 pub struct TrainArgs {
@@ -89,12 +90,19 @@ struct LogArgs {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Machine")]
 struct MachineArgs {
-    /// Where to train.
-    #[arg(long, value_enum, default_value_t)]
-    device: Device,
-    /// Element type of the activations.
-    #[arg(long, value_enum, default_value_t)]
-    dtype: Precision,
+    /// Where to train: auto (the first NVIDIA GPU if there is one, else the CPU), cpu, cuda, cuda:N, or cuda-emulated (the
+    /// CUDA kernels on the CPU, for finding faults) [default: auto; with --resume, as before].
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<DeviceChoice>,
+    /// In what to train [default: bf16 on a GPU, f32 on the CPU; with --resume, as before].
+    #[arg(long, value_enum)]
+    dtype: Option<Precision>,
+    /// On a GPU: launch every kernel instead of replaying a CUDA graph of the step. Does not change any result.
+    #[arg(long)]
+    no_graph: bool,
+    /// On a GPU: time all algorithms of cuDNN and cuBLASLt for each layer, instead of the first of each.
+    #[arg(long)]
+    autotune: bool,
     /// Threads that read and augment images [default: 1; with --resume, as before].
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
@@ -110,25 +118,42 @@ struct MachineArgs {
 }
 
 pub fn run(args: TrainArgs) -> Result<()> {
-    check_trainable(args.machine.device, args.machine.dtype)?;
     let interrupt = signals::install()?;
-    let (folder, config, dataset) = match &args.resume {
+    let Asked { config, folder, dataset, device } = match &args.resume {
         Some(path) => resume(&args, path)?,
         None => start(&args)?,
     };
-    let probe = config.knn.as_ref().map(|knn| probe(&config, knn)).transpose()?;
-    let run = Run::new(&folder, &config, dataset, probe)?;
+    // The probe first: what is free after it is the trainer's.
+    let probe = config.knn.as_ref().map(|knn| probe(&config, knn, &device)).transpose()?;
+    let trainer = Trainer::new(&config, &device, &dataset)?;
+    let folder = match folder {
+        Some(folder) => folder,
+        None => RunFolder::create(&args.run.unwrap_or_default(), &config)?,
+    };
+    let run = Run::new(&folder, &config, trainer, dataset, probe)?;
     describe(&folder, &config, &run);
     let summary = run.train(&|| interrupt.interrupted())?;
     conclude(&folder, &summary);
     Ok(())
 }
 
+/// What is to be trained, and where.
+struct Asked {
+    config: RunConfig,
+    /// That of a run that exists.
+    folder: Option<RunFolder>,
+    dataset: Arc<Dataset>,
+    device: Device,
+}
+
 /// A new run. Everything that can be wrong is looked at before the directory is made.
-fn start(args: &TrainArgs) -> Result<(RunFolder, RunConfig, Arc<Dataset>)> {
+fn start(args: &TrainArgs) -> Result<Asked> {
     let (Some(data), Some(path)) = (&args.data, &args.run) else {
         return Err(Error::config("train", "expected a dataset file and --run DIR, or --resume DIR"));
     };
+    RunFolder::check_new(path)?;
+    let mut machine = Machine { device: DeviceChoice::Auto, ..Machine::default() };
+    let device = args.machine.open(&mut machine, true)?;
     let config = RunConfig {
         data: absolute(data)?,
         seed: args.seed,
@@ -144,27 +169,40 @@ fn start(args: &TrainArgs) -> Result<(RunFolder, RunConfig, Arc<Dataset>)> {
             keep_last: args.log.keep_last,
         },
         knn: knn_monitor(&args.log)?,
-        machine: Machine {
-            workers: args.machine.workers.unwrap_or(1),
-            io: args.machine.io.unwrap_or_default(),
-            cpu_conv: args.machine.cpu_conv,
-            check: args.machine.check,
-        },
+        machine,
     };
     config.validate()?;
     let dataset = Arc::new(Dataset::open_with(data, config.machine.io)?);
-    config.schedule(crate::data::loader::steps_per_epoch(dataset.len(), config.recipe.batch)).validate()?;
-    Ok((RunFolder::create(path, &config)?, config, dataset))
+    Ok(Asked { config, folder: None, dataset, device })
 }
 
-fn resume(args: &TrainArgs, path: &std::path::Path) -> Result<(RunFolder, RunConfig, Arc<Dataset>)> {
+fn resume(args: &TrainArgs, path: &std::path::Path) -> Result<Asked> {
     let (folder, mut config) = RunFolder::open(path)?;
-    config.machine.workers = args.machine.workers.unwrap_or(config.machine.workers);
-    config.machine.io = args.machine.io.unwrap_or(config.machine.io);
-    config.machine.check |= args.machine.check;
+    let device = args.machine.open(&mut config.machine, false)?;
     config.validate()?;
     let dataset = Arc::new(Dataset::open_with(&config.data, config.machine.io)?);
-    Ok((folder, config, dataset))
+    Ok(Asked { config, folder: Some(folder), dataset, device })
+}
+
+impl MachineArgs {
+    /// Changes `machine` as asked for and opens its device; a new run's element type is the device's own.
+    fn open(&self, machine: &mut Machine, new: bool) -> Result<Device> {
+        machine.device = self.device.unwrap_or(machine.device);
+        machine.workers = self.workers.unwrap_or(machine.workers);
+        machine.io = self.io.unwrap_or(machine.io);
+        machine.cpu_conv = if new { self.cpu_conv } else { machine.cpu_conv };
+        machine.check |= self.check;
+        machine.graph &= !self.no_graph;
+        machine.autotune |= self.autotune;
+        let Opened { device, instead_of_gpu } = machine.device.open(machine.cpu_conv)?;
+        if let Some(error) = instead_of_gpu {
+            eprintln!("training on the CPU, because there is no GPU to be used: {error}");
+        }
+        let own = if new { Precision::default_on(&device) } else { machine.dtype };
+        machine.dtype = self.dtype.unwrap_or(own);
+        machine.dtype.check_trainable_on(&device)?;
+        Ok(device)
+    }
 }
 
 /// The path from the root, so that a run can be continued from any directory.
@@ -183,8 +221,9 @@ fn knn_monitor(args: &LogArgs) -> Result<Option<KnnMonitor>> {
     }))
 }
 
-fn probe(config: &RunConfig, knn: &KnnMonitor) -> Result<Box<dyn Probe>> {
-    let extractor = FeatureExtractor::new(&config.model, &config.augment, config.machine.cpu_conv)?;
+fn probe(config: &RunConfig, knn: &KnnMonitor, device: &Device) -> Result<Box<dyn Probe>> {
+    let dtype = config.machine.dtype.dtype();
+    let extractor = FeatureExtractor::new(&config.model, &config.augment, device, dtype)?;
     let open = |path| Ok::<_, Error>(Arc::new(Dataset::open(path)?));
     let settings = Knn { k: knn.k, temperature: knn.temperature };
     Ok(Box::new(KnnProbe::new(extractor, open(&knn.bank)?, open(&knn.queries)?, settings)?))
@@ -194,15 +233,16 @@ fn describe(folder: &RunFolder, config: &RunConfig, run: &Run<'_>) {
     let trainer = run.trainer();
     let recipe = &config.recipe;
     eprintln!(
-        "{}: {} trainable parameters, batch {}, {} epochs, {}x{} pixels, {:.0} MB planned on the CPU ({} threads)",
+        "{}: {} trainable parameters, batch {}, {} epochs, {}x{} pixels, {}, {:.0} MB planned on {}",
         folder.path().display(),
         trainer.trainable_parameters(),
         recipe.batch,
         recipe.epochs,
         config.augment.image_size,
         config.augment.image_size,
+        config.machine.dtype,
         trainer.planned_memory() as f64 / 1e6,
-        rayon::current_num_threads(),
+        trainer.device().name(),
     );
     if trainer.step() > 0 {
         eprintln!("continuing at step {}", trainer.step());

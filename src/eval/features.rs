@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use crate::backend::cpu::Tier;
 use crate::data::augment::{AugmentConfig, Augmenter};
 use crate::data::dataset::Dataset;
 use crate::data::reader::ImageReader;
 use crate::error::{Error, Result};
 use crate::eval::knn::{Knn, KnnResult, Labelled};
-use crate::exec::{CpuExecutor, Executor};
+use crate::exec::{Device, Executor};
 use crate::graph::ValueId;
+use crate::graph::plan::Target;
 use crate::nn::ParamInfo;
 use crate::nn::simsiam::{FeatureGraph, SimSiam};
 use crate::tensor::DType;
@@ -42,7 +42,7 @@ impl Features {
 /// A backbone in evaluation mode.
 #[derive(Debug)]
 pub struct FeatureExtractor {
-    exec: CpuExecutor,
+    exec: Box<dyn Executor>,
     images: ValueId,
     features: ValueId,
     params: Vec<ParamInfo>,
@@ -51,14 +51,15 @@ pub struct FeatureExtractor {
 }
 
 impl FeatureExtractor {
-    /// Prepares the forward pass; images are resized, cut and normalised as `augment` says, without random changes.
+    /// Prepares the forward pass on `device` with activations of `dtype`; images are resized, cut and normalised as `augment` says, without random changes.
     ///
     /// # Errors
     /// Settings that do not fit together; memory that the system refuses.
-    pub fn new(model: &SimSiam, augment: &AugmentConfig, tier: Tier) -> Result<FeatureExtractor> {
+    pub fn new(model: &SimSiam, augment: &AugmentConfig, device: &Device, dtype: DType) -> Result<FeatureExtractor> {
+        let padded = device.target() == Target::Cuda;
         let FeatureGraph { tape, images, features, params } =
-            model.feature_graph(BATCH, augment.image_size, DType::F32)?;
-        let exec = CpuExecutor::new(tape, tier)?;
+            model.record_features(BATCH, augment.image_size, dtype, padded)?;
+        let exec = device.executor(tape)?;
         Ok(FeatureExtractor {
             exec,
             images,
@@ -74,7 +75,7 @@ impl FeatureExtractor {
     /// # Errors
     /// [`Error::Shape`] for missing or ill-shaped tensors.
     pub fn load(&mut self, params: &NamedTensors) -> Result<()> {
-        write_params(&mut self.exec, &self.params, |name, desc| {
+        write_params(&mut *self.exec, &self.params, |name, desc| {
             params.get(name).cloned().ok_or_else(|| Error::shape("load", name, desc, "no such tensor"))
         })
     }
@@ -84,7 +85,7 @@ impl FeatureExtractor {
     /// # Errors
     /// Faults of the executor.
     pub fn initialise(&mut self, seed: u64) -> Result<()> {
-        crate::train::state::write_initial(&mut self.exec, &self.params, seed)
+        crate::train::state::write_initial(&mut *self.exec, &self.params, seed)
     }
 
     /// Pooled features of every record of `dataset`, which must be labelled.
@@ -107,9 +108,10 @@ impl FeatureExtractor {
                     Ok::<(), Error>(())
                 },
             )?;
-            self.exec.write(self.images, bytemuck::cast_slice(&images))?;
+            self.exec.write(self.images, &self.exec.tape().desc(self.images).dtype.encode_f32(&images))?;
             self.exec.run_step()?;
-            values.extend_from_slice(&self.exec.read(self.features)?.to_f32()?[..count * self.dim]);
+            let features = self.exec.read(self.features)?.to_f64();
+            values.extend(features[..count * self.dim].iter().map(|&value| value as f32));
         }
         Ok(Features { values, labels, dim: self.dim })
     }

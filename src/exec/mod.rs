@@ -1,14 +1,18 @@
 //! Executors: a planned tape on a device.
 
+pub mod choice;
+pub mod compare;
 pub mod cpu;
 pub mod cuda;
 mod device;
 mod program;
 
+pub use choice::{DeviceChoice, Opened, Precision};
 pub use cpu::CpuExecutor;
 pub use cuda::{CudaExecutor, Options};
 pub use device::Device;
 
+use std::fmt::Debug;
 use std::time::Duration;
 
 use crate::error::Result;
@@ -16,7 +20,7 @@ use crate::graph::{Phase, Plan, Tape, ValueId};
 use crate::tensor::HostTensor;
 
 /// A prepared tape: memory placed, algorithms chosen, ready to replay.
-pub trait Executor: Send {
+pub trait Executor: Debug + Send {
     /// Runs every node of the given phase once.
     ///
     /// # Errors

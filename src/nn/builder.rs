@@ -7,6 +7,7 @@ use crate::ops::batch_norm::{BatchNorm, BatchNormEval, Fusion, channel_desc};
 use crate::ops::cast::Cast;
 use crate::ops::conv2d::Conv2d;
 use crate::ops::linear::Linear;
+use crate::ops::pad_channels::PadChannels;
 use crate::tensor::{DType, TensorDesc};
 
 /// Constants of every batch norm (recipe).
@@ -89,12 +90,30 @@ impl<'t> Builder<'t> {
         [kernel, stride, padding]: [usize; 3],
     ) -> Result<ValueId> {
         let c_in = self.tape.desc(x).shape.channels();
+        self.conv_of(name, x, [c_in, c_out], [kernel, stride, padding])
+    }
+
+    /// The same of the first `c_in` channels of x; the weights of the others, which are all zero, are none to be trained.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn conv_of(
+        &mut self,
+        name: &str,
+        x: ValueId,
+        [c_in, c_out]: [usize; 2],
+        [kernel, stride, padding]: [usize; 3],
+    ) -> Result<ValueId> {
+        let channels = self.tape.desc(x).shape.channels();
         let init = Init::kaiming_fan_out([kernel; 2], c_out);
         let desc = TensorDesc::new([c_out, kernel, kernel, c_in], self.master());
         let w = self.param(&format!("{name}.weight"), desc, init);
         let op = Conv2d { stride: [stride; 2], padding: [padding; 2] };
         self.tape.scoped(name, |tape| {
-            let w = low_precision(tape, w, self.dtype)?;
+            let mut w = low_precision(tape, w, self.dtype)?;
+            if channels != c_in {
+                w = tape.record_one(PadChannels { channels }, &[w])?;
+            }
             tape.record_one(op, &[x, w])
         })
     }

@@ -35,6 +35,9 @@ pub enum Stem {
     Cifar,
 }
 
+/// Channels of an image: red, green, blue.
+const IMAGE_CHANNELS: usize = 3;
+
 /// Architecture names of the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -98,7 +101,7 @@ impl ResNet {
         (self.width << (self.depths.len() - 1)) * self.block.expansion()
     }
 
-    /// Records the network from images `[n][h][w][3]` to pooled features `[n][feature_dim]`, names under `prefix`.
+    /// Records the network from images `[n][h][w][3]`, or with channels of zeros after them, to pooled features `[n][feature_dim]`, names under `prefix`.
     ///
     /// # Errors
     /// Images too small for the network.
@@ -116,7 +119,7 @@ impl ResNet {
 
     fn stem(&self, b: &mut Builder<'_>, prefix: &str, images: ValueId) -> Result<ValueId> {
         let shape = if self.stem == Stem::Imagenet { [7, 2, 3] } else { [3, 1, 1] };
-        let x = b.conv(&format!("{prefix}conv1"), images, self.width, shape)?;
+        let x = b.conv_of(&format!("{prefix}conv1"), images, [IMAGE_CHANNELS, self.width], shape)?;
         let x = b.batch_norm(&format!("{prefix}bn1"), x, Norm::RELU)?;
         match self.stem {
             Stem::Cifar => Ok(x),

@@ -7,9 +7,11 @@ use crate::nn::builder::{Builder, Mode};
 use crate::nn::heads::Heads;
 use crate::nn::params::{Init, ParamGroup, ParamInfo};
 use crate::nn::resnet::ResNet;
+use crate::ops::augment::{AugmentViews, Augmentation};
 use crate::ops::conv2d::gradient_dtype;
 use crate::ops::cosine_loss::CosineLoss;
 use crate::ops::loss_scale::{LossScaleUpdate, LossScaling};
+use crate::ops::pad_channels::PadChannels;
 use crate::ops::sgd::{Guard, SgdUpdate, StepParam};
 use crate::ops::similarity::{Kind, Similarity};
 use crate::ops::slice_rows::SliceRows;
@@ -32,13 +34,59 @@ pub struct SimSiam {
     pub symmetric: bool,
 }
 
+/// Channels that an image is padded to for convolutions on CUDA devices: with 3 cuDNN wants 200 MB of scratch, with 8 none.
+pub const PADDED_CHANNELS: usize = 8;
+
+/// Where the views of a step come from.
+#[derive(Debug, Clone)]
+pub enum ViewSource {
+    /// The caller writes them, normalised, in 3 channels.
+    Given {
+        /// Whether the network sees them in [`PADDED_CHANNELS`].
+        padded: bool,
+    },
+    /// The step makes them of stored images, as `augmentation` says: the caller writes pixels and descriptors.
+    Stored {
+        /// How.
+        augmentation: Augmentation,
+        /// Room for the pixels of a batch, in bytes.
+        pixel_bytes: usize,
+    },
+}
+
+/// What a step takes besides the model.
+#[derive(Debug, Clone)]
+pub struct StepShape {
+    /// Source images; each gives two views.
+    pub batch: usize,
+    /// Height and width of a view.
+    pub image_size: usize,
+    /// Element type of the activations.
+    pub dtype: DType,
+    /// Whether the parameters' gradients stay readable after the step.
+    pub keep_gradients: bool,
+    /// Where the views come from.
+    pub source: ViewSource,
+}
+
+/// Inputs that views are made of, see [`ViewSource::Stored`].
+#[derive(Debug, Clone, Copy)]
+pub struct StoredInputs {
+    /// The pixels of all images.
+    pub pixels: ValueId,
+    /// A `ViewDescriptor` for each view.
+    pub descriptors: ValueId,
+}
+
 /// A recorded training step.
 #[derive(Debug)]
 pub struct TrainGraph {
     /// The tape: forward, backward, update.
     pub tape: Tape,
-    /// Input: both views `[2n][h][w][3]`, view 1 of every image first.
+    /// Both views, view 1 of every image first: an input `[2n][h][w][3]`, or what is made of `stored`.
     pub views: ValueId,
+    /// Inputs that the views are made of, where they are no input themselves.
+    pub stored: Option<StoredInputs>,
     /// Input: learning rates and the like, indexed by [`StepParam`].
     pub step_params: ValueId,
     /// Scalar loss before the update.
@@ -81,8 +129,7 @@ impl SimSiam {
     }
 
     /// Records one training step for `batch` images of `image_size` pixels. With `keep_gradients` the parameters' gradients
-    /// stay readable after the step. In float16, whose range gradients leave, the loss is scaled as PyTorch's `GradScaler`
-    /// does by default.
+    /// stay readable after the step.
     ///
     /// # Errors
     /// Settings that do not fit together.
@@ -93,22 +140,25 @@ impl SimSiam {
         dtype: DType,
         keep_gradients: bool,
     ) -> Result<TrainGraph> {
-        let scaling = (dtype == DType::F16).then(LossScaling::default);
-        self.scaled_train_graph(batch, image_size, dtype, keep_gradients, scaling)
+        let source = ViewSource::Given { padded: false };
+        self.record_step(&StepShape { batch, image_size, dtype, keep_gradients, source })
     }
 
-    /// As [`SimSiam::train_graph`], with this scaling of the loss or none, whatever the element type.
+    /// Records one training step. In float16, whose range gradients leave, the loss is scaled as PyTorch's `GradScaler` does by
+    /// default.
     ///
     /// # Errors
     /// Settings that do not fit together.
-    pub fn scaled_train_graph(
-        &self,
-        batch: usize,
-        image_size: usize,
-        dtype: DType,
-        keep_gradients: bool,
-        scaling: Option<LossScaling>,
-    ) -> Result<TrainGraph> {
+    pub fn record_step(&self, shape: &StepShape) -> Result<TrainGraph> {
+        self.record_scaled_step(shape, (shape.dtype == DType::F16).then(LossScaling::default))
+    }
+
+    /// As [`SimSiam::record_step`], with this scaling of the loss or none, whatever the element type.
+    ///
+    /// # Errors
+    /// Settings that do not fit together.
+    pub fn record_scaled_step(&self, shape: &StepShape, scaling: Option<LossScaling>) -> Result<TrainGraph> {
+        let &StepShape { batch, dtype, keep_gradients, .. } = shape;
         self.validate()?;
         if batch < 2 {
             return Err(Error::config(
@@ -117,8 +167,7 @@ impl SimSiam {
             ));
         }
         let mut tape = Tape::new();
-        let views = TensorDesc::new([2 * batch, image_size, image_size, 3], dtype);
-        let views = tape.leaf("views", views, Role::Input, false);
+        let (views, stored) = record_views(&mut tape, shape)?;
         let step_params = tape.leaf("step_params", StepParam::desc(), Role::Input, false);
         let scaler = scaling.map(|scaling| Scaler::record(&mut tape, scaling, dtype));
         let d_loss = match &scaler {
@@ -129,7 +178,7 @@ impl SimSiam {
             }
         };
         let mut b = Builder::new(&mut tape, Mode::Train { groups: 2 }, dtype);
-        let (p, z) = self.record_pair(&mut b, batch, views)?;
+        let (p, z) = self.record_pair(&mut b, shape, views)?;
         let mut params = b.params;
         let [loss, z_std] = self.record_loss(&mut tape, [p, z], batch, d_loss)?;
         for kept in [loss, z, z_std] {
@@ -140,18 +189,23 @@ impl SimSiam {
             record_update(&mut tape, seed, step_params, &params, keep_gradients, scaler.as_ref())?;
         let loss_scale = scaler.as_ref().map(Scaler::scale);
         params.extend(scaler.into_iter().flat_map(|scaler| scaler.state));
-        Ok(TrainGraph { tape, views, step_params, loss, z_std, z, params, momenta, gradients, loss_scale })
+        Ok(TrainGraph { tape, views, stored, step_params, loss, z_std, z, params, momenta, gradients, loss_scale })
     }
 
     /// Predictions p and the projections z of both views.
-    fn record_pair(&self, b: &mut Builder<'_>, batch: usize, views: ValueId) -> Result<(ValueId, ValueId)> {
-        let features = self.backbone.record(b, "encoder.", views)?;
+    fn record_pair(&self, b: &mut Builder<'_>, shape: &StepShape, views: ValueId) -> Result<(ValueId, ValueId)> {
+        let images = match shape.source {
+            ViewSource::Given { padded: true } => pad(b.tape, views)?,
+            _ => views,
+        };
+        let features = self.backbone.record(b, "encoder.", images)?;
         let z = self.heads.projector(b, "encoder.fc.", features)?;
         b.group = ParamGroup::Predictor;
         b.trainable = self.heads.predictor == crate::nn::heads::PredictorKind::Mlp;
         let mut predicted = z;
         if !self.symmetric {
-            predicted = b.tape.scoped("view1", |tape| tape.record_one(SliceRows { start: 0, len: batch }, &[z]))?;
+            predicted =
+                b.tape.scoped("view1", |tape| tape.record_one(SliceRows { start: 0, len: shape.batch }, &[z]))?;
             b.mode = Mode::Train { groups: 1 };
         }
         Ok((self.heads.predictor(b, "predictor.", predicted)?, z))
@@ -181,12 +235,21 @@ impl SimSiam {
     /// # Errors
     /// Settings that do not fit together.
     pub fn feature_graph(&self, batch: usize, image_size: usize, dtype: DType) -> Result<FeatureGraph> {
+        self.record_features(batch, image_size, dtype, false)
+    }
+
+    /// The same; with `padded` the network sees the images in [`PADDED_CHANNELS`].
+    ///
+    /// # Errors
+    /// Settings that do not fit together.
+    pub fn record_features(&self, batch: usize, image_size: usize, dtype: DType, padded: bool) -> Result<FeatureGraph> {
         self.validate()?;
         let mut tape = Tape::new();
         let images = TensorDesc::new([batch, image_size, image_size, 3], dtype);
         let images = tape.leaf("images", images, Role::Input, false);
         let mut b = Builder::new(&mut tape, Mode::Eval, dtype);
-        let features = self.backbone.record(&mut b, "encoder.", images)?;
+        let seen = if padded { pad(b.tape, images)? } else { images };
+        let features = self.backbone.record(&mut b, "encoder.", seen)?;
         let params = b.params;
         tape.keep(features);
         Ok(FeatureGraph { tape, images, features, params })
@@ -224,6 +287,26 @@ impl Scaler {
         let state = self.state.each_ref().map(|s| s.value);
         Ok(tape.scoped("loss_scale", |tape| tape.update(op, &inputs, &state))?[0])
     }
+}
+
+/// Images in [`PADDED_CHANNELS`].
+fn pad(tape: &mut Tape, images: ValueId) -> Result<ValueId> {
+    tape.scoped("pad", |tape| tape.record_one(PadChannels { channels: PADDED_CHANNELS }, &[images]))
+}
+
+/// The views, and the inputs that they are made of.
+fn record_views(tape: &mut Tape, shape: &StepShape) -> Result<(ValueId, Option<StoredInputs>)> {
+    let (views, size) = (2 * shape.batch, shape.image_size);
+    let ViewSource::Stored { augmentation, pixel_bytes } = &shape.source else {
+        let desc = TensorDesc::new([views, size, size, 3], shape.dtype);
+        return Ok((tape.leaf("views", desc, Role::Input, false), None));
+    };
+    let op = AugmentViews { augmentation: augmentation.clone(), views, pixel_bytes: *pixel_bytes };
+    let [pixels, descriptors] = op.inputs();
+    let pixels = tape.leaf("pixels", pixels, Role::Input, false);
+    let descriptors = tape.leaf("descriptors", descriptors, Role::Input, false);
+    let views = tape.scoped("views", |tape| tape.record_one(op, &[pixels, descriptors]))?;
+    Ok((views, Some(StoredInputs { pixels, descriptors })))
 }
 
 /// Named values of a graph.

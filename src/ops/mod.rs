@@ -1,5 +1,5 @@
-//! The ops: one file (or folder) each, with shape inference, backward and the CPU implementation. `augment` is none of a
-//! tape: it makes views on a device, for which `data` has no words.
+//! The ops: one file (or folder) each, with shape inference, backward and the CPU implementation. `augment`
+//! makes views on a device, for which `data` has no words.
 
 pub mod augment;
 pub mod batch_norm;

@@ -1,10 +1,13 @@
 //! `selftest`: replays goldens made by PyTorch (tools/golden.py) on the chosen device.
 
+mod device_checks;
 mod op_table;
 mod trajectory;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+
+pub use device_checks::{lockstep, replays};
 
 use crate::error::{Error, Result};
 use crate::exec::Device;
@@ -72,6 +75,16 @@ struct Golden {
 }
 
 impl Golden {
+    fn embedded(name: &str, bytes: &[u8]) -> Result<Golden> {
+        let path = PathBuf::from(name);
+        let (tensors, metadata) = safetensors::read_bytes(&path, bytes)?;
+        Ok(Golden { path, tensors, metadata })
+    }
+
+    fn name(&self) -> String {
+        self.path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned())
+    }
+
     fn meta(&self, key: &str) -> Result<&str> {
         let found = self.metadata.get(key).map(String::as_str);
         found.ok_or_else(|| Error::format(&self.path, None, format!("metadata: expected a value for {key}, got none")))
@@ -97,7 +110,6 @@ impl Golden {
     }
 
     fn replay(&self, device: &Device, dtypes: &[DType]) -> Result<Outcome> {
-        let name = self.path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
         let (compared, worst) = match self.meta("kind")? {
             "simsiam-ops" => op_table::replay(self, device, dtypes)?,
             "simsiam-trajectory" => trajectory::replay(self, device, dtypes)?,
@@ -106,7 +118,7 @@ impl Golden {
                 return Err(Error::format(&self.path, None, what));
             }
         };
-        Ok(Outcome { name, compared, worst })
+        Ok(Outcome { name: self.name(), compared, worst })
     }
 }
 
@@ -122,8 +134,8 @@ pub fn run(
     mut report: impl FnMut(&Outcome),
 ) -> Result<Vec<Outcome>> {
     let mut outcomes = Vec::new();
-    let mut replay = |path: PathBuf, (tensors, metadata): (NamedTensors, BTreeMap<String, String>)| -> Result<()> {
-        let outcome = Golden { path, tensors, metadata }.replay(device, dtypes)?;
+    let mut replay = |golden: Golden| -> Result<()> {
+        let outcome = golden.replay(device, dtypes)?;
         report(&outcome);
         outcomes.push(outcome);
         Ok(())
@@ -131,14 +143,13 @@ pub fn run(
     match folder {
         None => {
             for (name, bytes) in EMBEDDED {
-                let path = Path::new(name);
-                replay(path.to_path_buf(), safetensors::read_bytes(path, bytes)?)?;
+                replay(Golden::embedded(name, bytes)?)?;
             }
         }
         Some(folder) => {
             for path in golden_files(folder)? {
-                let content = safetensors::read(&path)?;
-                replay(path, content)?;
+                let (tensors, metadata) = safetensors::read(&path)?;
+                replay(Golden { path, tensors, metadata })?;
             }
         }
     }

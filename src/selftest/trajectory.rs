@@ -3,10 +3,13 @@
 
 use super::{Golden, Worst};
 use crate::error::{Error, Result};
-use crate::exec::Device;
+use crate::exec::{Device, Executor, Options};
+use crate::graph::ValueId;
+use crate::graph::plan::Target;
+use crate::nn::ParamInfo;
 use crate::nn::heads::{HeadNorm, Heads, OutBias, PredictorKind};
 use crate::nn::resnet::{Block, ResNet, Stem};
-use crate::nn::simsiam::{SimSiam, TrainGraph};
+use crate::nn::simsiam::{SimSiam, StepShape, TrainGraph, ViewSource};
 use crate::ops::sgd::StepParam;
 use crate::ops::similarity::Kind;
 use crate::tensor::{DType, HostTensor};
@@ -27,33 +30,59 @@ pub(super) fn replay(golden: &Golden, device: &Device, dtypes: &[DType]) -> Resu
     Ok((format!("{compared} in {}", dtypes.join(", ")), worst))
 }
 
-fn replay_in(mut check: Check<'_>, device: &Device) -> Result<(String, Worst)> {
-    let (golden, dtype) = (check.golden, check.dtype);
-    let model = model(golden)?;
-    let (batch, steps): (usize, usize) = (golden.parse("batch")?, golden.parse("steps")?);
-    let graph = model.train_graph(batch, golden.parse("image_size")?, dtype, true)?;
-    let TrainGraph { tape, views, step_params, loss, z_std, params, gradients, .. } = graph;
-    let mut exec = device.executor(tape)?;
+/// A trajectory before its first step.
+pub(super) struct Start {
+    pub exec: Box<dyn Executor>,
+    pub views: ValueId,
+    pub loss: ValueId,
+    z_std: ValueId,
+    params: Vec<ParamInfo>,
+    gradients: Vec<(String, ValueId)>,
+}
+
+impl Start {
+    /// Writes the views of a step.
+    pub fn write_views(&mut self, golden: &Golden, step: usize) -> Result<()> {
+        let dtype = self.exec.tape().desc(self.views).dtype;
+        self.exec.write(self.views, &dtype.encode(&both_views(golden, step)?))
+    }
+}
+
+/// The network of a file on `device` with its start values and hyper-parameters, the stem as devices of `target` have it.
+pub(super) fn start(golden: &Golden, device: &Device, target: Target, dtype: DType, options: Options) -> Result<Start> {
+    let source = ViewSource::Given { padded: target == Target::Cuda };
+    let (batch, image_size) = (golden.parse("batch")?, golden.parse("image_size")?);
+    let shape = StepShape { batch, image_size, dtype, keep_gradients: true, source };
+    let TrainGraph { tape, views, step_params, loss, z_std, params, gradients, .. } =
+        model(golden)?.record_step(&shape)?;
+    let mut exec = device.executor_with(tape, options)?;
     write_params(&mut *exec, &params, |name, _| golden.tensor(&format!("init/{name}")).cloned())?;
     exec.write(step_params, bytemuck::cast_slice(&hyper_parameters(golden)?))?;
+    Ok(Start { exec, views, loss, z_std, params, gradients })
+}
 
+fn replay_in(mut check: Check<'_>, device: &Device) -> Result<(String, Worst)> {
+    let (golden, dtype) = (check.golden, check.dtype);
+    let steps: usize = golden.parse("steps")?;
+    let mut run = start(golden, device, device.target(), dtype, Options::default())?;
     let (mut losses, mut stds) = (Vec::new(), Vec::new());
     for step in 0..steps {
-        exec.write(views, &dtype.encode(&both_views(golden, step)?))?;
+        run.write_views(golden, step)?;
+        let Start { exec, loss, z_std, gradients, .. } = &mut run;
         exec.run_step()?;
-        losses.push(scalar(&exec.read(loss)?));
-        stds.push(scalar(&exec.read(z_std)?));
+        losses.push(scalar(&exec.read(*loss)?));
+        stds.push(scalar(&exec.read(*z_std)?));
         if step == 0 {
             let named = gradients.iter().map(|(name, value)| Ok((name.clone(), to_torch(exec.read(*value)?)?)));
             check.gradients(&named.collect::<Result<Vec<_>>>()?)?;
         }
     }
     check.losses(&losses, &stds)?;
-    let last = read_params(&*exec, &params)?;
+    let last = read_params(&*run.exec, &run.params)?;
     for (name, tensor) in &last {
         check.last(name, tensor, steps)?;
     }
-    let compared = format!("{steps} steps, {} gradients, {} final tensors", gradients.len(), last.len());
+    let compared = format!("{steps} steps, {} gradients, {} final tensors", run.gradients.len(), last.len());
     Ok((compared, check.worst))
 }
 

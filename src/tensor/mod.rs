@@ -46,6 +46,16 @@ impl DType {
             DType::U8 => values.iter().map(|v| *v as u8).collect(),
         }
     }
+
+    /// The same of float32 values.
+    pub fn encode_f32(self, values: &[f32]) -> Vec<u8> {
+        match self {
+            DType::F32 => bytemuck::cast_slice(values).to_vec(),
+            DType::Bf16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+            DType::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
+            other => other.encode(&values.iter().map(|v| f64::from(*v)).collect::<Vec<_>>()),
+        }
+    }
 }
 
 impl fmt::Display for DType {

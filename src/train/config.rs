@@ -9,6 +9,7 @@ use crate::backend::cpu::Tier;
 use crate::data::augment::AugmentConfig;
 use crate::data::mapped::Access;
 use crate::error::{Error, Result};
+use crate::exec::{DeviceChoice, Options, Precision};
 use crate::nn::simsiam::SimSiam;
 use crate::train::schedule::Schedule;
 
@@ -37,7 +38,7 @@ pub struct RunConfig {
     /// The kNN monitor, where there is labelled data.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub knn: Option<KnnMonitor>,
-    /// What the machine is asked for; changes no result, except `cpu_conv`.
+    /// What the machine is asked for; `workers`, `io`, `graph` and `check` change no result.
     pub machine: Machine,
 }
 
@@ -95,10 +96,22 @@ pub struct KnnMonitor {
     pub every_epochs: u64,
 }
 
-/// Threads and implementations.
+/// Devices, threads and implementations.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Machine {
+    /// Where it is trained.
+    #[serde(default)]
+    pub device: DeviceChoice,
+    /// In what it is trained.
+    #[serde(default)]
+    pub dtype: Precision,
+    /// On CUDA devices: capture the step and replay it.
+    #[serde(default = "yes")]
+    pub graph: bool,
+    /// On CUDA devices: time every candidate of the libraries.
+    #[serde(default)]
+    pub autotune: bool,
     /// Loader threads.
     pub workers: usize,
     /// How records are read.
@@ -108,6 +121,32 @@ pub struct Machine {
     pub cpu_conv: Tier,
     /// Look at the output of every node for NaN and infinity, every step.
     pub check: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Default for Machine {
+    fn default() -> Machine {
+        Machine {
+            device: DeviceChoice::Cpu,
+            dtype: Precision::F32,
+            graph: true,
+            autotune: false,
+            workers: 1,
+            io: Access::Auto,
+            cpu_conv: Tier::Direct,
+            check: false,
+        }
+    }
+}
+
+impl Machine {
+    /// How the executor works on a CUDA device.
+    pub fn options(&self) -> Options {
+        Options { graph: self.graph && !self.check, choice: self.dtype.choice(self.autotune) }
+    }
 }
 
 impl RunConfig {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::data::dataset::Dataset;
-use crate::data::loader::{Loader, LoaderConfig, Output, Position, steps_per_epoch};
+use crate::data::loader::{Loader, LoaderConfig, Position};
 use crate::error::{Error, Result};
 use crate::tensor::safetensors::NamedTensors;
 use crate::train::checkpoint::Checkpoints;
@@ -78,14 +78,23 @@ impl RunFolder {
     /// [`Error::Config`] when there is a run already.
     pub fn create(path: &Path, config: &RunConfig) -> Result<RunFolder> {
         config.validate()?;
-        if path.join(config::FILE_NAME).exists() {
-            let what = format!("{} holds a run already", path.display());
-            return Err(Error::config("--run", what).with_hint("continue it with --resume, or name another directory"));
-        }
+        RunFolder::check_new(path)?;
         fs::create_dir_all(path).map_err(Error::io("create", path))?;
         let folder = RunFolder::lock(path)?;
         config.write(path)?;
         Ok(folder)
+    }
+
+    /// Checks that there is no run in a directory yet.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when there is.
+    pub fn check_new(path: &Path) -> Result<()> {
+        if path.join(config::FILE_NAME).exists() {
+            let what = format!("{} holds a run already", path.display());
+            return Err(Error::config("--run", what).with_hint("continue it with --resume, or name another directory"));
+        }
+        Ok(())
     }
 
     /// Opens the run directory at `path` and its configuration.
@@ -156,11 +165,11 @@ impl<'a> Run<'a> {
     pub fn new(
         folder: &RunFolder,
         config: &'a RunConfig,
+        mut trainer: Trainer,
         dataset: Arc<Dataset>,
         probe: Option<Box<dyn Probe + 'a>>,
     ) -> Result<Run<'a>> {
-        let schedule = config.schedule(steps_per_epoch(dataset.len(), config.recipe.batch));
-        let mut trainer = Trainer::new(config, schedule)?;
+        let schedule = *trainer.schedule();
         let (rows, dim) = trainer.z_shape();
         let mut monitor = CollapseMonitor::new(rows, dim);
         let checkpoints = folder.checkpoints(config.log.keep_last)?;
@@ -198,13 +207,10 @@ impl<'a> Run<'a> {
         let mut saved = self.newest.is_some();
         if self.trainer.step() < total {
             let mut loader = self.start_loader()?;
-            while self.trainer.step() < total && !interrupted() {
-                self.step(&mut loader, &mut progress)?;
-                saved = self.checkpoint_due();
-                if saved {
-                    self.save()?;
-                }
+            while self.trainer.started() < total && !interrupted() {
+                saved = self.step(&mut loader, &mut progress)?;
             }
+            self.finish_steps(0, &mut progress)?;
         }
         if !saved {
             self.save()?;
@@ -227,7 +233,7 @@ impl<'a> Run<'a> {
             batch: self.config.recipe.batch,
             seed: self.config.seed,
             augment: self.config.augment.clone(),
-            output: Output::Views,
+            output: self.trainer.loader_output(),
             shuffle_window: self.config.shuffle_window,
             rank: 0,
             world_size: 1,
@@ -240,24 +246,43 @@ impl<'a> Run<'a> {
         Loader::start(Arc::clone(&self.dataset), loader, position)
     }
 
-    /// One step with all that is measured and shown of it.
-    fn step(&mut self, loader: &mut Loader, progress: &mut Progress) -> Result<()> {
-        let step = self.trainer.step();
+    /// Starts a step, and finishes those that are to be finished by then; returns whether a checkpoint was written.
+    fn step(&mut self, loader: &mut Loader, progress: &mut Progress) -> Result<bool> {
+        let step = self.trainer.started();
         let batch = loader.next_batch()?;
-        let report = match self.trainer.run_step(batch.views())? {
-            StepOutcome::Done(report) => report,
-            StepOutcome::NonFinite { what, node } => {
-                self.metrics.sync()?;
-                let checkpoint = self.newest.as_ref().map_or("none".into(), |path| path.display().to_string());
-                return Err(Error::NonFinite { step, what, node, checkpoint });
+        self.trainer.start_step(&batch)?;
+        self.clock.step(self.config.recipe.batch, batch.wait);
+        drop(batch);
+        let save = self.checkpoint_due();
+        let looked_at = save || self.rank_due(step) || self.ends_epoch(step);
+        self.finish_steps(if looked_at { 0 } else { self.trainer.pipeline() }, progress)?;
+        if save {
+            self.save()?;
+        }
+        Ok(save)
+    }
+
+    /// Finishes all started steps but `in_flight`, with all that is measured and shown of them.
+    fn finish_steps(&mut self, in_flight: usize, progress: &mut Progress) -> Result<()> {
+        while let Some((step, outcome)) = self.trainer.finish_step(in_flight)? {
+            match outcome {
+                StepOutcome::Done(report) => self.observe(step, report, progress)?,
+                StepOutcome::NonFinite { what, node } => {
+                    self.metrics.sync()?;
+                    let checkpoint = self.newest.as_ref().map_or("none".into(), |path| path.display().to_string());
+                    return Err(Error::NonFinite { step, what, node, checkpoint });
+                }
             }
-        };
+        }
+        Ok(())
+    }
+
+    /// Measures, shows and logs a finished step.
+    fn observe(&mut self, step: u64, report: StepReport, progress: &mut Progress) -> Result<()> {
         let rank = self.rank_due(step).then(|| self.trainer.effective_rank()).transpose()?;
         for warning in self.monitor.observe(report.z_std, rank) {
             progress.note(&format!("warning: step {step}: {warning}"));
         }
-        self.clock.step(self.config.recipe.batch, batch.wait);
-        drop(batch);
         progress.update(&self.snapshot(step, report));
         let knn = self.measure_probe(step, progress)?;
         if step.is_multiple_of(self.config.log.every) || rank.is_some() || knn.is_some() {
@@ -274,8 +299,9 @@ impl<'a> Run<'a> {
         step.is_multiple_of(self.config.log.rank_every) || self.ends_epoch(step)
     }
 
+    /// Whether the steps that were started are to be kept.
     fn checkpoint_due(&self) -> bool {
-        let done = self.trainer.step();
+        let done = self.trainer.started();
         let log = &self.config.log;
         let by_epoch = done.is_multiple_of(self.schedule.steps_per_epoch)
             && (done / self.schedule.steps_per_epoch).is_multiple_of(log.checkpoint_epochs);

@@ -1,13 +1,16 @@
 //! A model in training: the recorded step on an executor, its learning rates and its parameters.
 
-use crate::error::Result;
-use crate::exec::{CpuExecutor, Executor};
-use crate::graph::{Phase, ValueId};
+use crate::data::dataset::Dataset;
+use crate::data::loader::{Batch, Output, Room, steps_per_epoch};
+use crate::error::{Error, Result};
+use crate::exec::{Device, Executor};
+use crate::graph::{Phase, Plan, ValueId};
 use crate::nn::ParamInfo;
-use crate::nn::simsiam::TrainGraph;
+use crate::nn::simsiam::{PADDED_CHANNELS, StepShape, StoredInputs, TrainGraph, ViewSource};
+use crate::ops::augment::{Augmentation, ViewDescriptor};
 use crate::ops::sgd::StepParam;
 use crate::tensor::safetensors::NamedTensors;
-use crate::tensor::{DType, HostTensor, TensorDesc};
+use crate::tensor::{HostTensor, TensorDesc};
 use crate::train::config::RunConfig;
 use crate::train::monitor::effective_rank;
 use crate::train::schedule::Schedule;
@@ -39,14 +42,18 @@ pub enum StepOutcome {
     },
 }
 
+/// Steps that a device may have before it while the host waits for an older one.
+const IN_FLIGHT: usize = 1;
+/// Smallest batch that batch norm can do with.
+const SMALLEST_BATCH: usize = 2;
+
 /// The model, its optimiser state and the number of steps done.
 #[derive(Debug)]
 pub struct Trainer {
-    exec: CpuExecutor,
-    views: ValueId,
+    exec: Box<dyn Executor>,
+    device: Device,
+    source: Source,
     step_params: ValueId,
-    loss: ValueId,
-    z_std: ValueId,
     z: ValueId,
     params: Vec<ParamInfo>,
     momenta: Vec<(String, ValueId)>,
@@ -54,42 +61,146 @@ pub struct Trainer {
     momentum: f64,
     weight_decay: f64,
     check: bool,
+    /// Steps whose outcome is known.
     step: u64,
+    /// Steps that were started.
+    started: u64,
+    /// What `--check` found in the newest step.
+    bad_node: Option<String>,
+}
+
+/// How the images of a batch reach the executor.
+#[derive(Debug)]
+enum Source {
+    /// As views that the loader made.
+    Views(ValueId),
+    /// As they are stored, with descriptors of what the device makes of them.
+    Stored { inputs: StoredInputs, augmentation: Augmentation, descriptors: Vec<ViewDescriptor> },
+}
+
+impl Source {
+    fn of(graph: &TrainGraph, source: ViewSource) -> Source {
+        match (graph.stored, source) {
+            (Some(inputs), ViewSource::Stored { augmentation, .. }) => {
+                Source::Stored { inputs, augmentation, descriptors: Vec::new() }
+            }
+            _ => Source::Views(graph.views),
+        }
+    }
+}
+
+/// The step that `config` asks for with `batch` images of `dataset`.
+fn record(config: &RunConfig, device: &Device, dataset: &Dataset, batch: usize) -> Result<(TrainGraph, Source)> {
+    let (dtype, image_size) = (config.machine.dtype.dtype(), config.augment.image_size);
+    let source = match device {
+        Device::Cpu(_) => ViewSource::Given { padded: false },
+        Device::Cuda(_) => {
+            let Room { pixel_bytes, longest_side } = Room::of(dataset, batch)?;
+            let augmentation = Augmentation::new(&config.augment, dtype, PADDED_CHANNELS, longest_side)?;
+            ViewSource::Stored { augmentation, pixel_bytes }
+        }
+    };
+    let shape = StepShape { batch, image_size, dtype, keep_gradients: false, source: source.clone() };
+    let graph = config.model.record_step(&shape)?;
+    let source = Source::of(&graph, source);
+    Ok((graph, source))
+}
+
+/// What would fit where a plan does not.
+fn largest_batch(config: &RunConfig, device: &Device, dataset: &Dataset, needed: usize, free: usize) -> Result<String> {
+    let bytes = |batch| {
+        let (graph, _) = record(config, device, dataset, batch)?;
+        Ok::<_, Error>(Plan::new(&graph.tape, device.target())?.memory.total)
+    };
+    // What is needed besides the plan stays the same.
+    let besides = needed.saturating_sub(bytes(config.recipe.batch)?);
+    let (mut fits, mut too_large) = (SMALLEST_BATCH - 1, config.recipe.batch);
+    while too_large - fits > 1 {
+        let middle = fits.midpoint(too_large);
+        match bytes(middle)? + besides <= free {
+            true => fits = middle,
+            false => too_large = middle,
+        }
+    }
+    Ok(match fits {
+        SMALLEST_BATCH.. => format!("the largest batch that fits is --batch {fits}"),
+        _ => "no batch fits: use a smaller --image-size or --arch, or --dtype bf16".into(),
+    })
 }
 
 impl Trainer {
-    /// Records, plans and reserves memory; the weights take their start values for the run's seed.
+    /// Records, plans and reserves memory on `device`; the weights take their start values for the run's seed.
     ///
     /// # Errors
-    /// Settings that do not fit together; memory that the system refuses.
-    pub fn new(config: &RunConfig, schedule: Schedule) -> Result<Trainer> {
+    /// Settings that do not fit together; [`Error::OutOfMemory`] with the largest batch that fits.
+    pub fn new(config: &RunConfig, device: &Device, dataset: &Dataset) -> Result<Trainer> {
+        let schedule = config.schedule(steps_per_epoch(dataset.len(), config.recipe.batch));
         schedule.validate()?;
-        let graph = config.model.train_graph(config.recipe.batch, config.augment.image_size, DType::F32, false)?;
-        let TrainGraph { tape, views, step_params, loss, z_std, z, params, momenta, .. } = graph;
-        let mut exec = CpuExecutor::new(tape, config.machine.cpu_conv)?;
-        write_initial(&mut exec, &params, config.seed)?;
+        config.machine.dtype.check_trainable_on(device)?;
+        let (graph, source) = record(config, device, dataset, config.recipe.batch)?;
+        let TrainGraph { tape, step_params, loss, z_std, z, params, momenta, .. } = graph;
+        let mut exec = match device.executor_with(tape, config.machine.options()) {
+            Err(Error::OutOfMemory { needed, free, .. }) => {
+                let hint = largest_batch(config, device, dataset, needed, free)?;
+                return Err(Error::OutOfMemory { device: device.name(), needed, free, hint: Some(hint) });
+            }
+            other => other?,
+        };
+        exec.watch(&[loss, z_std])?;
+        write_initial(&mut *exec, &params, config.seed)?;
         let (momentum, weight_decay) = (config.recipe.momentum, config.recipe.weight_decay);
-        let check = config.machine.check;
         Ok(Trainer {
             exec,
-            views,
+            device: device.clone(),
+            source,
             step_params,
-            loss,
-            z_std,
             z,
             params,
             momenta,
             schedule,
             momentum,
             weight_decay,
-            check,
+            check: config.machine.check,
             step: 0,
+            started: 0,
+            bad_node: None,
         })
     }
 
-    /// Steps done; the number of the next step.
+    /// Its learning rates and epochs.
+    pub fn schedule(&self) -> &Schedule {
+        &self.schedule
+    }
+
+    /// What the loader is to make for it.
+    pub fn loader_output(&self) -> Output {
+        match self.source {
+            Source::Views(_) => Output::Views,
+            Source::Stored { .. } => Output::Records,
+        }
+    }
+
+    /// Where it trains.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Steps whose outcome is known.
     pub fn step(&self) -> u64 {
         self.step
+    }
+
+    /// Steps that were started; the number of the next step.
+    pub fn started(&self) -> u64 {
+        self.started
+    }
+
+    /// Steps that may be under way while the next one is prepared: none where starting one means running it.
+    pub fn pipeline(&self) -> usize {
+        match self.device {
+            Device::Cpu(_) => 0,
+            Device::Cuda(_) => IN_FLIGHT,
+        }
     }
 
     /// Number of values that the optimiser changes.
@@ -108,52 +219,57 @@ impl Trainer {
         (shape.rows(), shape.channels())
     }
 
-    /// One step on the views `[2n][h][w][3]`.
+    /// Starts a step on a batch of [`Trainer::loader_output`]; a device may still be at work when this returns.
+    ///
+    /// # Errors
+    /// Images that cannot be augmented; faults of the executor.
+    pub fn start_step(&mut self, batch: &Batch) -> Result<()> {
+        match &mut self.source {
+            Source::Views(views) => self.exec.stage(*views, bytemuck::cast_slice(batch.views()))?,
+            Source::Stored { inputs, augmentation, descriptors } => {
+                augmentation.describe(batch.images(), batch.params(), batch.pixels().len(), descriptors)?;
+                self.exec.stage(inputs.pixels, batch.pixels())?;
+                self.exec.stage(inputs.descriptors, bytemuck::cast_slice(descriptors))?;
+            }
+        }
+        self.exec.stage(self.step_params, bytemuck::cast_slice(&self.step_parameters()))?;
+        match self.check {
+            true => self.bad_node = self.exec.check_step()?,
+            false => self.exec.run_step()?,
+        }
+        self.started += 1;
+        Ok(())
+    }
+
+    /// The number and the outcome of the oldest step that was started and not finished, if more than `in_flight` are; waits
+    /// for it.
     ///
     /// # Errors
     /// Faults of the executor.
-    pub fn run_step(&mut self, views: &[f32]) -> Result<StepOutcome> {
-        self.exec.write(self.views, bytemuck::cast_slice(views))?;
-        self.exec.write(self.step_params, bytemuck::cast_slice(&self.step_parameters()))?;
-        if self.check {
-            return self.run_checked();
+    pub fn finish_step(&mut self, in_flight: usize) -> Result<Option<(u64, StepOutcome)>> {
+        let step = self.step;
+        if let Some(node) = self.bad_node.take() {
+            return Ok(Some((step, StepOutcome::NonFinite { what: "an output".into(), node })));
         }
-        self.exec.run_phase(Phase::Forward)?;
-        let report = self.report()?;
+        let Some(watched) = self.exec.collect(in_flight)? else { return Ok(None) };
+        let scalar = |index: usize| watched.get(index).and_then(|t| t.to_f64().first().copied()).unwrap_or(f64::NAN);
+        let (_, dim) = self.z_shape();
+        let report = StepReport { loss: scalar(0), z_std: scalar(1) * (dim as f64).sqrt() };
         if !report.loss.is_finite() {
             let node = self.exec.first_non_finite(Phase::Forward)?.unwrap_or_else(|| "loss".into());
-            return Ok(StepOutcome::NonFinite { what: format!("the loss ({})", report.loss), node });
-        }
-        self.exec.run_phase(Phase::Backward)?;
-        self.exec.run_phase(Phase::Update)?;
-        self.step += 1;
-        Ok(StepOutcome::Done(report))
-    }
-
-    /// `--check`: every node's output is looked at.
-    fn run_checked(&mut self) -> Result<StepOutcome> {
-        for phase in [Phase::Forward, Phase::Backward, Phase::Update] {
-            if let Some(node) = self.exec.first_non_finite(phase)? {
-                return Ok(StepOutcome::NonFinite { what: "an output".into(), node });
-            }
+            return Ok(Some((step, StepOutcome::NonFinite { what: format!("the loss ({})", report.loss), node })));
         }
         self.step += 1;
-        Ok(StepOutcome::Done(self.report()?))
+        Ok(Some((step, StepOutcome::Done(report))))
     }
 
     fn step_parameters(&self) -> [f64; StepParam::COUNT] {
         let mut params = [0.0; StepParam::COUNT];
-        params[StepParam::Lr as usize] = self.schedule.lr(self.step);
-        params[StepParam::PredictorLr as usize] = self.schedule.predictor_lr(self.step);
+        params[StepParam::Lr as usize] = self.schedule.lr(self.started);
+        params[StepParam::PredictorLr as usize] = self.schedule.predictor_lr(self.started);
         params[StepParam::Momentum as usize] = self.momentum;
         params[StepParam::WeightDecay as usize] = self.weight_decay;
         params
-    }
-
-    fn report(&self) -> Result<StepReport> {
-        let scalar = |value| Ok::<f64, crate::error::Error>(self.exec.read(value)?.to_f64()[0]);
-        let (_, dim) = self.z_shape();
-        Ok(StepReport { loss: scalar(self.loss)?, z_std: scalar(self.z_std)? * (dim as f64).sqrt() })
     }
 
     /// Effective rank of z in the step that was run last.
@@ -162,7 +278,8 @@ impl Trainer {
     /// Faults of the executor.
     pub fn effective_rank(&self) -> Result<f64> {
         let (rows, dim) = self.z_shape();
-        Ok(effective_rank(&self.exec.read(self.z)?.to_f32()?, rows, dim))
+        let z: Vec<f32> = self.exec.read(self.z)?.to_f64().into_iter().map(|v| v as f32).collect();
+        Ok(effective_rank(&z, rows, dim))
     }
 
     /// Parameters and buffers under PyTorch names, in PyTorch's layout.
@@ -170,7 +287,7 @@ impl Trainer {
     /// # Errors
     /// Faults of the executor.
     pub fn parameters(&self) -> Result<NamedTensors> {
-        read_params(&self.exec, &self.params)
+        read_params(&*self.exec, &self.params)
     }
 
     /// All that training goes on from: parameters, buffers and momenta.
@@ -190,14 +307,14 @@ impl Trainer {
     /// # Errors
     /// What `take` reports about missing or ill-shaped tensors.
     pub fn restore(&mut self, step: u64, mut take: impl FnMut(&str, &TensorDesc) -> Result<HostTensor>) -> Result<()> {
-        write_params(&mut self.exec, &self.params, &mut take)?;
+        write_params(&mut *self.exec, &self.params, &mut take)?;
         for (name, value) in &self.momenta {
             let Some(param) = self.params.iter().find(|p| p.name == *name) else { continue };
             let desc = TensorDesc { shape: param.torch_shape(), dtype: param.desc.dtype };
             let tensor = to_engine(take(&format!("{MOMENTUM}{name}"), &desc)?)?;
             self.exec.write(*value, tensor.bytes())?;
         }
-        self.step = step;
+        (self.step, self.started) = (step, step);
         Ok(())
     }
 }

@@ -1,6 +1,8 @@
 //! What the tests of the binary share.
 #![allow(dead_code)] // each test binary uses its own part
 
+#[cfg(feature = "emulator")]
+pub mod fake_cuda;
 pub mod sanitizer;
 
 use std::path::{Path, PathBuf};

@@ -84,6 +84,18 @@ impl Emulator {
         Ok(Emulator::of(api.as_ref().map_err(|message| unsupported(message.clone()))?, options))
     }
 
+    /// A device as the environment describes it: [`Options::from_environment`], and `SIMSIAM_EMULATOR_MEMORY` bytes of memory.
+    ///
+    /// # Errors
+    /// As [`Options::from_environment`] and [`Emulator::new`].
+    pub fn from_environment() -> Result<Emulator> {
+        let emulator = Emulator::new(Options::from_environment()?)?;
+        Ok(match number("SIMSIAM_EMULATOR_MEMORY")? {
+            Some(bytes) => emulator.with_memory(bytes as usize),
+            None => emulator,
+        })
+    }
+
     /// A device of the kernels in a library that `kernels/emulator/build.sh` has built. The library stays loaded.
     ///
     /// # Errors

@@ -10,15 +10,17 @@ pub mod emulator;
 pub mod io;
 pub mod kernel;
 pub mod library;
+pub mod nvtx;
 pub mod random;
 pub mod resources;
 
-pub use device::CudaDevice;
+pub use device::{CudaDevice, DeviceFacts};
 pub use driver::{DeviceMemory, Driver, Event, Graph, HostTask, HostView, Pinned, Stream};
 #[cfg(feature = "emulator")]
 pub use emulator::Emulator;
 pub use io::{CudaIo, DeviceOutput, DeviceTensor};
 pub use kernel::{Call, DevicePtr, Grid, Kernel};
+pub use nvtx::Nvtx;
 
 /// One file of `kernels/`, compiled for several devices.
 #[derive(Debug)]

@@ -8,10 +8,9 @@ use serde_json::{Value, json};
 use super::ceilings::Ceilings;
 use super::op_cases::{self, Case};
 use crate::backend::cpu::Tier;
-use crate::cli::device::Device;
 use crate::cli::output;
 use crate::error::{Error, Result};
-use crate::exec::{self, Executor};
+use crate::exec::{self, DeviceChoice, Executor, Precision};
 use crate::graph::{Phase, Role, Tape, ValueId};
 use crate::rng::Stream;
 use crate::tensor::{DType, TensorDesc};
@@ -21,29 +20,11 @@ const ROTATED_BYTES: usize = 256 << 20;
 /// Random values that inputs are filled with, again and again; a prime, so that no row is like the last.
 const RANDOM_VALUES: usize = 1_000_003;
 
-/// Element types of activations.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Precision {
-    F32,
-    Bf16,
-    F16,
-}
-
-impl Precision {
-    fn dtype(self) -> DType {
-        match self {
-            Precision::F32 => DType::F32,
-            Precision::Bf16 => DType::Bf16,
-            Precision::F16 => DType::F16,
-        }
-    }
-}
-
 #[derive(Debug, clap::Args)]
 pub struct OpsArgs {
     /// Where to compute. Emulated kernels are timed too, which says nothing about a GPU.
-    #[arg(long, value_enum, default_value_t)]
-    device: Device,
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    device: DeviceChoice,
     /// Element type of the activations [default: bf16, f32 on the CPU].
     #[arg(long, value_enum)]
     dtype: Option<Precision>,
@@ -110,12 +91,10 @@ struct Settings {
 
 impl Settings {
     fn resolve(args: &OpsArgs) -> Result<Settings> {
-        let on_gpu = args.device == Device::Cuda;
-        let dtype = match (args.device, args.dtype) {
-            (Device::Cpu, None | Some(Precision::F32)) => DType::F32,
-            (Device::Cpu, Some(_)) => return Err(Error::config("--dtype", "the CPU computes in f32")),
-            (_, dtype) => dtype.unwrap_or(Precision::Bf16).dtype(),
-        };
+        let device = args.device.open(Tier::Direct)?.device;
+        let on_gpu = matches!(&device, exec::Device::Cuda(driver) if !driver.emulated());
+        let precision = args.dtype.unwrap_or(Precision::default_on(&device));
+        precision.check_trainable_on(&device)?;
         let batch = args.batch.unwrap_or(if on_gpu { 256 } else { 2 });
         let repeat = args.repeat.unwrap_or(if on_gpu { 20 } else { 3 });
         for (option, value, range) in [("--batch", batch, 2..=8192), ("--repeat", repeat, 1..=10_000)] {
@@ -124,7 +103,7 @@ impl Settings {
                 return Err(Error::config(option, what));
             }
         }
-        Ok(Settings { device: args.device.open(Tier::Direct)?, on_gpu, dtype, batch, repeat })
+        Ok(Settings { device, on_gpu, dtype: precision.dtype(), batch, repeat })
     }
 }
 

@@ -1,7 +1,10 @@
 //! What a loader makes, and places in a training run.
 
+use std::cmp::Reverse;
+
 use serde::{Deserialize, Serialize};
 
+use super::batch::StoredImage;
 use crate::data::augment::AugmentConfig;
 use crate::data::dataset::Dataset;
 use crate::data::order::EpochOrder;
@@ -118,6 +121,36 @@ impl Position {
             return Err(Error::config("--resume", what).with_hint(hint));
         }
         Ok(if step == steps_per_epoch { Position { epoch: epoch + 1, step: 0 } } else { self })
+    }
+}
+
+/// What the images of any batch need under [`Output::Records`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// Bytes of the pixels of a batch of the largest images.
+    pub pixel_bytes: usize,
+    /// The longest side of any image, in pixels.
+    pub longest_side: usize,
+}
+
+impl Room {
+    /// For batches of `batch` images of `dataset`.
+    ///
+    /// # Errors
+    /// A damaged index.
+    pub fn of(dataset: &Dataset, batch: usize) -> Result<Room> {
+        let mut sizes = Vec::with_capacity(dataset.len());
+        let mut longest_side = 0;
+        for i in 0..dataset.len() {
+            let image = StoredImage::planned(&dataset.entry(i)?);
+            sizes.push(image.len());
+            longest_side = longest_side.max(image.width).max(image.height);
+        }
+        let batch = batch.min(sizes.len());
+        if let Some(last) = batch.checked_sub(1) {
+            sizes.select_nth_unstable_by_key(last, |&bytes| Reverse(bytes));
+        }
+        Ok(Room { pixel_bytes: sizes[..batch].iter().sum(), longest_side })
     }
 }
 

@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use ahead::ReadAhead;
 pub use batch::{Batch, StoredImage};
 use batch::{Return, Slot};
-pub use config::{LoaderConfig, Output, Position, steps_per_epoch};
+pub use config::{LoaderConfig, Output, Position, Room, steps_per_epoch};
 use stats::Counters;
 pub use stats::Work;
 use workers::Workers;

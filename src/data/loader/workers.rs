@@ -172,7 +172,7 @@ impl Workers {
 
 impl StoredImage {
     /// What the index says of an image.
-    fn planned(entry: &Entry) -> StoredImage {
+    pub(super) fn planned(entry: &Entry) -> StoredImage {
         StoredImage {
             offset: 0,
             width: entry.width.into(),

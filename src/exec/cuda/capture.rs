@@ -61,3 +61,40 @@ impl Capture {
 fn fault(message: &str) -> Error {
     Error::Internal { thread: "CUDA graph".into(), message: message.into() }
 }
+
+#[cfg(all(test, feature = "emulator"))]
+mod tests {
+    use super::*;
+    use crate::backend::cuda::Emulator;
+    use crate::backend::cuda::emulator::Options;
+
+    #[test]
+    fn the_way_to_a_replay_has_no_short_cut() {
+        let device = Emulator::new(Options { threads: 1, seed: 0 }).unwrap();
+        let mut capture = Capture::default();
+        assert!(matches!(capture.mode(0), Mode::Eager));
+        let early = capture.capture(0, &device, || Ok(())).unwrap_err().to_string();
+        assert!(early.contains("before one has run"), "{early}");
+        capture.warmed_up();
+        assert!(matches!(capture.mode(1), Mode::Capture));
+        capture.capture(1, &device, || Ok(())).unwrap();
+        assert!(matches!((capture.mode(0), capture.mode(1)), (Mode::Capture, Mode::Replay(_))));
+        let twice = capture.capture(1, &device, || Ok(())).unwrap_err().to_string();
+        assert!(twice.contains("has a graph already"), "{twice}");
+    }
+
+    #[test]
+    fn a_failed_capture_is_ended_and_can_be_tried_again() {
+        let device = Emulator::new(Options { threads: 1, seed: 0 }).unwrap();
+        let mut capture = Capture::default();
+        capture.warmed_up();
+        let refused = capture.capture(0, &device, || device.allocate(64).map(|_| ())).unwrap_err().to_string();
+        assert!(refused.contains("cannot allocate memory while a graph is captured"), "{refused}");
+        let lost = capture.capture(0, &device, || device.download(Default::default(), &mut []).or(Ok(())));
+        assert!(lost.unwrap_err().to_string().contains("the capture was lost"));
+        assert!(matches!(capture.mode(0), Mode::Capture));
+        capture.capture(0, &device, || Ok(())).unwrap();
+        let memory = device.allocate(64).unwrap();
+        device.free(memory).unwrap();
+    }
+}

@@ -1,6 +1,6 @@
 //! Augmentation on a CUDA device: from stored bytes to normalised views, with the bits of [`Augmenter`] on the CPU.
 //!
-//! It is no node of a tape: what it makes is an input of one. Each step the host describes its views ([`ViewDescriptor`],
+//! Each step the host describes its views ([`ViewDescriptor`],
 //! half a kilobyte each, a few microseconds), and uploads the descriptors with the images; everything that depends on the
 //! pixels happens on the device. The filters too: their tables are up to a hundred times larger than a descriptor.
 //!
@@ -8,11 +8,13 @@
 
 pub(super) mod cuda;
 mod descriptor;
+mod op;
 
 use std::iter::repeat_n;
 
 pub use cuda::Places;
 pub use descriptor::ViewDescriptor;
+pub use op::AugmentViews;
 
 use crate::data::augment::{
     AugmentConfig, BlurKernel, Filter, Normalisation, ViewParams, centre_filters, crop_filters,
