@@ -39,14 +39,14 @@ template <class T> __device__ __forceinline__ void add(const T* a, const T* b, T
     });
 }
 
-// y = x in another element type. Packs are 16 bytes of the narrow type.
+// y = x in another element type, or y += x. Packs are 16 bytes of the narrow type.
 template <class From, class To>
-__device__ __forceinline__ void cast(const From* __restrict__ x, To* __restrict__ y, int64_t n) {
+__device__ __forceinline__ void cast(const From* __restrict__ x, To* __restrict__ y, int64_t n, bool accumulate) {
     constexpr int PACK = WIDTH<From> > WIDTH<To> ? WIDTH<From> : WIDTH<To>;
     for_each_pack<PACK>(n, [=](int64_t i, auto count) {
         float v[decltype(count)::value];
         load(v, x + i);
-        store(y + i, v);
+        store_or_add(y + i, v, accumulate);
     });
 }
 
@@ -104,9 +104,9 @@ __device__ __forceinline__ void slice_rows_backward(const T* __restrict__ d_y, T
 FOR_EACH_TYPE(INSTANTIATE)
 
 #define INSTANTIATE_CAST(T, S)                                                                                         \
-    KERNEL(256) cast_to_##S(const float* x, T* y, int64_t n) { cast(x, y, n); }                                        \
+    KERNEL(256) cast_to_##S(const float* x, T* y, int64_t n) { cast(x, y, n, false); }                                 \
     EXPORT(cast_to_##S)                                                                                                \
-    KERNEL(256) cast_from_##S(const T* x, float* y, int64_t n) { cast(x, y, n); }                                      \
+    KERNEL(256) cast_from_##S(const T* x, float* y, int64_t n, int32_t accumulate) { cast(x, y, n, accumulate); }      \
     EXPORT(cast_from_##S)
 INSTANTIATE_CAST(bf16, bf16)
 INSTANTIATE_CAST(f16, f16)

@@ -11,7 +11,7 @@ use simsiam_engine::train::metrics::{self, Line};
 
 /// A run of 12 steps in 4 epochs on 100 images.
 const OPTIONS: &str = "--preset cifar --arch custom --block basic --depths 1,1 --width 8 --dim 24 --image-size 14 \
-                       --batch 32 --epochs 4 --base-lr 0.2 --log-every 1 --rank-every 5 --checkpoint-steps 2 \
+                       --epochs 4 --log-every 1 --rank-every 5 --checkpoint-steps 2 \
                        --knn-k 5 --knn-temperature 0.1 --knn-every 2 --seed 3";
 
 struct Bench {
@@ -41,6 +41,11 @@ impl Bench {
             command.arg("--resume").arg(run);
         } else {
             command.arg(&self.train).arg("--run").arg(run).args(OPTIONS.split_whitespace());
+            for (option, value) in [("--batch", "32"), ("--base-lr", "0.2")] {
+                if !options.contains(option) {
+                    command.args([option, value]);
+                }
+            }
             command.arg("--knn-bank").arg(&self.train).arg("--knn-queries").arg(&self.test);
         }
         command.args(options.split_whitespace());

@@ -3,6 +3,7 @@
 # formatting, lints, all tests, and what nvcc made of the kernels. Stops at the first failure.
 #
 #   SIMSIAM_REQUIRE_NVCC=1   a machine that cannot compile the CUDA kernels fails instead of testing the rest
+#   SIMSIAM_REQUIRE_CUDNN=1  a machine that cannot ask cuDNN for plans fails instead of testing the rest
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -50,6 +51,17 @@ cuda_compiler() {
     fi
 }
 
+# cuDNN makes plans for a GPU that is only described.
+cuda_libraries() {
+    if tools/install-cuda-libs.sh; then
+        echo "cuDNN and cuBLAS are there"
+    elif [ "${SIMSIAM_REQUIRE_CUDNN:-0}" = 1 ]; then
+        return 1
+    else
+        echo "SKIPPED: going on without asking cuDNN for plans"
+    fi
+}
+
 # The emulator runs the CUDA kernels on the CPU, compiled by an ordinary C++ compiler.
 emulator=()
 cpp_compiler() {
@@ -75,11 +87,12 @@ compiled_kernels() {
 
 stage "Rust tools" rust_tools
 stage "CUDA compiler" cuda_compiler
+stage "CUDA libraries" cuda_libraries
 stage "C++ compiler" cpp_compiler
 grep -q '^SKIPPED' "$log" || emulator=(--features emulator)
 stage "formatting" cargo fmt --check
 stage "lints" cargo clippy --all-targets "${emulator[@]}" -- -D warnings
-stage "tests" cargo test "${emulator[@]}"
+stage "tests" env VIRTUAL_ENV="$PWD/.venv" cargo test "${emulator[@]}"
 tests=$(awk '/^test result:/ { passed += $4; failed += $6; ignored += $8 }
      END { printf "%d passed, %d failed, %d skipped\n", passed, failed, ignored }' "$log")
 stage "compiled kernels" compiled_kernels

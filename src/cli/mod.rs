@@ -4,6 +4,7 @@ mod augment_args;
 mod augment_preview;
 mod bench;
 mod demo;
+mod devices;
 mod export;
 mod facts;
 mod inspect;
@@ -12,15 +13,18 @@ mod machine;
 mod meter;
 mod model_args;
 mod output;
+mod peaks;
 mod picture;
 mod plan;
 mod prepare;
 mod preset;
+mod profile;
 mod recipe_args;
 mod selftest;
 pub mod signals;
 mod source_args;
 mod train;
+mod workload;
 
 use std::collections::BTreeSet;
 use std::process::ExitCode;
@@ -60,10 +64,14 @@ enum Command {
     AugmentPreview(augment_preview::AugmentPreviewArgs),
     /// Tell the memory and the work of a training step, without running it.
     Plan(plan::PlanArgs),
+    /// Time every node of a training step, and say how far each is from what the device could do.
+    Profile(Box<profile::ProfileArgs>),
     /// Write the trained backbone as a file that torchvision loads.
     Export(export::ExportArgs),
     /// Measure a part of the engine on this machine, and name what holds it up.
     Bench(bench::BenchArgs),
+    /// Show the GPUs of this machine and NVIDIA's libraries, or why there are none.
+    Devices(devices::DevicesArgs),
     /// Show the CUDA kernels in this program and what they take of a device.
     Kernels(kernels::KernelsArgs),
     /// Compare the engine with results that PyTorch computed.
@@ -92,8 +100,10 @@ fn run(command: Command) -> Result<()> {
         Command::Inspect(args) => inspect::run(args),
         Command::AugmentPreview(args) => augment_preview::run(args),
         Command::Plan(args) => plan::run(args),
+        Command::Profile(args) => profile::run(&args),
         Command::Export(args) => export::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Devices(args) => devices::run(&args),
         Command::Kernels(args) => kernels::run(&args),
         Command::Selftest(args) => selftest::run(args),
     }

@@ -99,7 +99,7 @@ impl Report {
         let target = target(args.device)?;
         let precision = args.dtype.unwrap_or(if target == Target::Cuda { Precision::Bf16 } else { Precision::F32 });
         let source = view_source(args, target, image_size, precision.dtype())?;
-        let shape = StepShape { batch, image_size, dtype: precision.dtype(), keep_gradients: false, source };
+        let shape = StepShape::new(batch, image_size, precision.dtype(), source);
         let TrainGraph { tape, params, .. } = model.record_step(&shape)?;
         if tape.values().iter().map(|v| v.desc.bytes() as u128).sum::<u128>() > MAX_BYTES {
             let what = format!("{batch} images of {image_size} pixels take more memory than any machine can address");
@@ -252,7 +252,8 @@ fn view_source(args: &PlanArgs, target: Target, image_size: usize, dtype: DType)
     Ok(ViewSource::Stored { augmentation, pixel_bytes })
 }
 
-fn flops(tape: &Tape) -> u64 {
+/// Floating-point operations of a step.
+pub fn flops(tape: &Tape) -> u64 {
     let of_node = |node: &Node| {
         let descs: Vec<&TensorDesc> = node.inputs.iter().map(|&i| tape.desc(i)).collect();
         node.op.flops(&descs)
@@ -283,6 +284,6 @@ fn megabytes(bytes: usize) -> String {
     format!("{:.2}", bytes as f64 / 1e6)
 }
 
-fn name_of(value: impl clap::ValueEnum) -> String {
+pub fn name_of(value: impl clap::ValueEnum) -> String {
     value.to_possible_value().map_or_else(String::new, |v| v.get_name().to_string())
 }

@@ -103,6 +103,9 @@ struct MachineArgs {
     /// On a GPU: time all algorithms of cuDNN and cuBLASLt for each layer, instead of the first of each.
     #[arg(long)]
     autotune: bool,
+    /// On a GPU: mark steps, phases and layers for Nsight, which has to have started the program (tools/profile.sh).
+    #[arg(long)]
+    nvtx: bool,
     /// Threads that read and augment images [default: 1; with --resume, as before].
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
@@ -194,6 +197,7 @@ impl MachineArgs {
         machine.check |= self.check;
         machine.graph &= !self.no_graph;
         machine.autotune |= self.autotune;
+        machine.nvtx = self.nvtx;
         let Opened { device, instead_of_gpu } = machine.device.open(machine.cpu_conv)?;
         if let Some(error) = instead_of_gpu {
             eprintln!("training on the CPU, because there is no GPU to be used: {error}");

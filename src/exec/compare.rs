@@ -7,8 +7,9 @@ use crate::exec::Executor;
 use crate::graph::ValueId;
 use crate::tensor::HostTensor;
 
-/// Elements up to this size, root mean square, count as zero: gradients that cancel leave rounding errors only.
-const FLOOR: f64 = 1e-7;
+/// A result that is so small a part of what it was made of, or smaller, is judged by that: sums that cancel leave rounding
+/// errors only, such as the mean of what has none.
+const CANCELLED: f64 = 0.05;
 
 /// A node whose results differ by more than is allowed.
 #[derive(Debug, Clone, PartialEq)]
@@ -50,6 +51,7 @@ pub fn compare(reference: &mut dyn Executor, other: &mut dyn Executor, tolerance
     check_tapes(reference, other)?;
     let mut found = Comparison { nodes: 0, worst: (0.0, String::new()), divergence: None };
     for index in 0..reference.tape().nodes().len() {
+        let terms = terms(reference, index)?;
         reference.run_node(index)?;
         other.run_node(index)?;
         let node = &reference.tape().nodes()[index];
@@ -57,7 +59,7 @@ pub fn compare(reference: &mut dyn Executor, other: &mut dyn Executor, tolerance
         let values: Vec<ValueId> = node.outputs.iter().chain(&node.updates).copied().collect();
         for value in values {
             let (expected, got) = (reference.peek(value)?, other.peek(value)?);
-            let error = relative_error(&expected, &got);
+            let error = relative_error(&expected, &got, terms);
             if error > tolerance || error.is_nan() {
                 let value = reference.tape().value(value).name.clone();
                 found.divergence = Some(Divergence { node: name, value, error, tolerance });
@@ -84,14 +86,26 @@ fn check_tapes(a: &dyn Executor, b: &dyn Executor) -> Result<()> {
     }
 }
 
-/// Norm of the difference, as a share of the norm of `expected`; NaN where only one of them has one.
-fn relative_error(expected: &HostTensor, got: &HostTensor) -> f64 {
+/// The size of what a node adds up: the least root mean square of its inputs that are no vectors of channels.
+fn terms(exec: &dyn Executor, index: usize) -> Result<f64> {
+    let mut least = f64::INFINITY;
+    for &input in &exec.tape().nodes()[index].inputs {
+        if exec.tape().desc(input).shape.rank() > 1 {
+            let values = exec.peek(input)?.to_f64();
+            least = least.min((values.iter().map(|v| v * v).sum::<f64>() / values.len() as f64).sqrt());
+        }
+    }
+    Ok(if least.is_finite() { least } else { 0.0 })
+}
+
+/// Norm of the difference, as a share of the norm of `expected` or of `terms`; NaN where only one of them has a norm.
+fn relative_error(expected: &HostTensor, got: &HostTensor, terms: f64) -> f64 {
     if expected.bytes() == got.bytes() {
         return 0.0;
     }
     let (expected, got) = (expected.to_f64(), got.to_f64());
     let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
     let difference = norm(&mut expected.iter().zip(&got).map(|(a, b)| a - b));
-    let floor = FLOOR * (expected.len() as f64).sqrt();
+    let floor = CANCELLED * terms * (expected.len() as f64).sqrt() + f64::MIN_POSITIVE;
     difference / norm(&mut expected.iter().copied()).max(floor)
 }

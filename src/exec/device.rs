@@ -39,6 +39,11 @@ impl Device {
         })
     }
 
+    /// Whether it is a GPU, and not the CPU by itself or in disguise.
+    pub fn is_gpu(&self) -> bool {
+        matches!(self, Device::Cuda(driver) if !driver.emulated())
+    }
+
     /// Which kind of plan it takes.
     pub fn target(&self) -> Target {
         match self {

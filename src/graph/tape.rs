@@ -56,6 +56,15 @@ pub enum Phase {
 impl Phase {
     /// All phases, in the order of a step.
     pub const ALL: [Phase; 3] = [Phase::Forward, Phase::Backward, Phase::Update];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Forward => "forward",
+            Phase::Backward => "backward",
+            Phase::Update => "update",
+        }
+    }
 }
 
 /// A value: a leaf or the output of a node.

@@ -37,6 +37,9 @@ pub struct SimSiam {
 /// Channels that an image is padded to for convolutions on CUDA devices: with 3 cuDNN wants 200 MB of scratch, with 8 none.
 pub const PADDED_CHANNELS: usize = 8;
 
+/// Name of the loss's scale, and prefix of the names of all that belongs to it.
+pub const LOSS_SCALE: &str = "loss_scale";
+
 /// Where the views of a step come from.
 #[derive(Debug, Clone)]
 pub enum ViewSource {
@@ -67,6 +70,16 @@ pub struct StepShape {
     pub keep_gradients: bool,
     /// Where the views come from.
     pub source: ViewSource,
+    /// How the loss is scaled against underflow, if it is.
+    pub scaling: Option<LossScaling>,
+}
+
+impl StepShape {
+    /// A step that keeps no gradients, and scales the loss in float16.
+    pub fn new(batch: usize, image_size: usize, dtype: DType, source: ViewSource) -> StepShape {
+        let scaling = (dtype == DType::F16).then(LossScaling::default);
+        StepShape { batch, image_size, dtype, keep_gradients: false, source, scaling }
+    }
 }
 
 /// Inputs that views are made of, see [`ViewSource::Stored`].
@@ -129,7 +142,8 @@ impl SimSiam {
     }
 
     /// Records one training step for `batch` images of `image_size` pixels. With `keep_gradients` the parameters' gradients
-    /// stay readable after the step.
+    /// stay readable after the step. In float16, whose range gradients leave, the loss is scaled as PyTorch's `GradScaler`
+    /// does by default.
     ///
     /// # Errors
     /// Settings that do not fit together.
@@ -141,24 +155,15 @@ impl SimSiam {
         keep_gradients: bool,
     ) -> Result<TrainGraph> {
         let source = ViewSource::Given { padded: false };
-        self.record_step(&StepShape { batch, image_size, dtype, keep_gradients, source })
+        self.record_step(&StepShape { keep_gradients, ..StepShape::new(batch, image_size, dtype, source) })
     }
 
-    /// Records one training step. In float16, whose range gradients leave, the loss is scaled as PyTorch's `GradScaler` does by
-    /// default.
+    /// Records one training step.
     ///
     /// # Errors
     /// Settings that do not fit together.
     pub fn record_step(&self, shape: &StepShape) -> Result<TrainGraph> {
-        self.record_scaled_step(shape, (shape.dtype == DType::F16).then(LossScaling::default))
-    }
-
-    /// As [`SimSiam::record_step`], with this scaling of the loss or none, whatever the element type.
-    ///
-    /// # Errors
-    /// Settings that do not fit together.
-    pub fn record_scaled_step(&self, shape: &StepShape, scaling: Option<LossScaling>) -> Result<TrainGraph> {
-        let &StepShape { batch, dtype, keep_gradients, .. } = shape;
+        let &StepShape { batch, dtype, keep_gradients, scaling, .. } = shape;
         self.validate()?;
         if batch < 2 {
             return Err(Error::config(
@@ -256,39 +261,6 @@ impl SimSiam {
     }
 }
 
-/// The state of a loss scaling on the tape.
-#[derive(Debug)]
-struct Scaler {
-    scaling: LossScaling,
-    /// The scale, and good steps since it changed.
-    state: [ParamInfo; 2],
-}
-
-impl Scaler {
-    fn record(tape: &mut Tape, scaling: LossScaling, dtype: DType) -> Scaler {
-        let mut leaf = |name: &str, dtype, start| {
-            let desc = TensorDesc::new([], dtype);
-            let value = tape.leaf(name, desc.clone(), Role::State, false);
-            let (group, init) = (ParamGroup::Encoder, Init::Constant(start));
-            ParamInfo { name: name.into(), value, desc, trainable: false, group, init }
-        };
-        let scale = leaf("loss_scale", gradient_dtype(dtype), scaling.init);
-        Scaler { scaling, state: [scale, leaf("loss_scale.good_steps", DType::I64, 0.0)] }
-    }
-
-    fn scale(&self) -> ValueId {
-        self.state[0].value
-    }
-
-    /// Appends the change of the scale; returns what gradients are to be multiplied by.
-    fn update(&self, tape: &mut Tape, loss: ValueId, gradients: &Named) -> Result<ValueId> {
-        let inputs: Vec<ValueId> = [loss].into_iter().chain(gradients.iter().map(|(_, g)| *g)).collect();
-        let op = LossScaleUpdate { scaling: self.scaling };
-        let state = self.state.each_ref().map(|s| s.value);
-        Ok(tape.scoped("loss_scale", |tape| tape.update(op, &inputs, &state))?[0])
-    }
-}
-
 /// Images in [`PADDED_CHANNELS`].
 fn pad(tape: &mut Tape, images: ValueId) -> Result<ValueId> {
     tape.scoped("pad", |tape| tape.record_one(PadChannels { channels: PADDED_CHANNELS }, &[images]))
@@ -307,6 +279,39 @@ fn record_views(tape: &mut Tape, shape: &StepShape) -> Result<(ValueId, Option<S
     let descriptors = tape.leaf("descriptors", descriptors, Role::Input, false);
     let views = tape.scoped("views", |tape| tape.record_one(op, &[pixels, descriptors]))?;
     Ok((views, Some(StoredInputs { pixels, descriptors })))
+}
+
+/// The state of a loss scaling on the tape.
+#[derive(Debug)]
+struct Scaler {
+    scaling: LossScaling,
+    /// The scale, and good steps since it changed.
+    state: [ParamInfo; 2],
+}
+
+impl Scaler {
+    fn record(tape: &mut Tape, scaling: LossScaling, dtype: DType) -> Scaler {
+        let mut leaf = |name: &str, dtype, start| {
+            let desc = TensorDesc::new([], dtype);
+            let value = tape.leaf(name, desc.clone(), Role::State, false);
+            let (group, init) = (ParamGroup::Encoder, Init::Constant(start));
+            ParamInfo { name: name.into(), value, desc, trainable: false, group, init }
+        };
+        let scale = leaf(LOSS_SCALE, gradient_dtype(dtype), scaling.init);
+        Scaler { scaling, state: [scale, leaf(&format!("{LOSS_SCALE}.good_steps"), DType::I64, 0.0)] }
+    }
+
+    fn scale(&self) -> ValueId {
+        self.state[0].value
+    }
+
+    /// Appends the change of the scale; returns what gradients are to be multiplied by.
+    fn update(&self, tape: &mut Tape, loss: ValueId, gradients: &Named) -> Result<ValueId> {
+        let inputs: Vec<ValueId> = [loss].into_iter().chain(gradients.iter().map(|(_, g)| *g)).collect();
+        let op = LossScaleUpdate { scaling: self.scaling };
+        let state = self.state.each_ref().map(|s| s.value);
+        Ok(tape.scoped("loss_scale", |tape| tape.update(op, &inputs, &state))?[0])
+    }
 }
 
 /// Named values of a graph.

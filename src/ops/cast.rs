@@ -49,7 +49,7 @@ impl Op for Cast {
     }
 
     fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
-        cuda::cast(io, self.to)
+        cuda::convert(io, self.to)
     }
 }
 
@@ -65,30 +65,23 @@ fn map<X: Copy + Sync, Y: Send>(y: &mut [Y], x: &[X], f: impl Fn(X) -> Y + Sync)
     y.par_iter_mut().zip(x).for_each(|(y, x)| *y = f(*x));
 }
 
-pub(super) mod cuda {
+mod cuda {
     #![allow(unsafe_code)] // launches
 
-    use crate::backend::cuda::kernel::kernels;
-    use crate::backend::cuda::{CudaIo, DevicePtr, Grid};
+    use crate::backend::cuda::{CudaIo, cast};
     use crate::error::Result;
     use crate::tensor::DType;
 
-    kernels! { "elementwise";
-        /// y = x, rounded
-        fn cast_to[Bf16, F16; 256](x: DevicePtr, y: DevicePtr, n: i64);
-        /// y = x, widened to float32
-        fn cast_from[Bf16, F16; 256](x: DevicePtr, y: DevicePtr, n: i64);
-    }
-
-    pub fn cast(io: &CudaIo<'_>, to: DType) -> Result<()> {
+    pub fn convert(io: &CudaIo<'_>, to: DType) -> Result<()> {
         let n = io.inputs[0].desc.shape.len();
         let (x, y) = (io.inputs[0].ptr, io.outputs[0].ptr);
-        let (call, narrow) = match to {
-            DType::F32 => (cast_from(io.dtype(), x, y, n as i64), io.dtype()),
-            _ => (cast_to(to, x, y, n as i64), to),
-        };
-        // SAFETY: `infer` made y of x's shape, so both have `n` elements, one side float32 and the other of the kernel's type.
-        unsafe { io.launch(Grid::packs(n, narrow), call) }
+        // SAFETY: `infer` made y of x's shape, so both have `n` elements, one side float32 and the other of the 16-bit type.
+        unsafe {
+            match to {
+                DType::F32 => cast::widen(io.driver, io.dtype(), x, y, n, false),
+                _ => cast::narrow(io.driver, to, x, y, n),
+            }
+        }
     }
 }
 

@@ -32,7 +32,6 @@ pub fn cuda_kernels() -> Vec<&'static Kernel> {
         augment::cuda::KERNELS,
         batch_norm::cuda::KERNELS,
         bias::cuda::KERNELS,
-        cast::cuda::KERNELS,
         cosine_loss::cuda::KERNELS,
         cross_entropy::cuda::KERNELS,
         knn::cuda::KERNELS,

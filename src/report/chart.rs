@@ -1,5 +1,6 @@
-//! Line charts as PNG: panels stacked over a shared x axis, such as loss, z std, effective rank and kNN accuracy by epoch.
+//! Charts as PNG. Here those of lines: panels stacked over a shared x axis, such as loss, z std, effective rank and kNN accuracy by epoch.
 
+pub mod bars;
 mod canvas;
 mod scale;
 

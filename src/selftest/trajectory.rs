@@ -52,7 +52,7 @@ impl Start {
 pub(super) fn start(golden: &Golden, device: &Device, target: Target, dtype: DType, options: Options) -> Result<Start> {
     let source = ViewSource::Given { padded: target == Target::Cuda };
     let (batch, image_size) = (golden.parse("batch")?, golden.parse("image_size")?);
-    let shape = StepShape { batch, image_size, dtype, keep_gradients: true, source };
+    let shape = StepShape { keep_gradients: true, ..StepShape::new(batch, image_size, dtype, source) };
     let TrainGraph { tape, views, step_params, loss, z_std, params, gradients, .. } =
         model(golden)?.record_step(&shape)?;
     let mut exec = device.executor_with(tape, options)?;

@@ -110,6 +110,16 @@ impl<S> Checkpoint<S> {
         Err(self.other_network(fault))
     }
 
+    /// Whether there is a tensor of this name.
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// Leaves out the tensors whose names start with `prefix`.
+    pub fn forget(&mut self, prefix: &str) {
+        self.tensors.retain(|name, _| !name.starts_with(prefix));
+    }
+
     /// Ends the loading.
     ///
     /// # Errors

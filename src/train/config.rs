@@ -109,6 +109,9 @@ pub struct Machine {
     /// On CUDA devices: capture the step and replay it.
     #[serde(default = "yes")]
     pub graph: bool,
+    /// On CUDA devices: NVTX ranges for a profiler.
+    #[serde(default, skip_serializing)]
+    pub nvtx: bool,
     /// On CUDA devices: time every candidate of the libraries.
     #[serde(default)]
     pub autotune: bool,
@@ -134,6 +137,7 @@ impl Default for Machine {
             dtype: Precision::F32,
             graph: true,
             autotune: false,
+            nvtx: false,
             workers: 1,
             io: Access::Auto,
             cpu_conv: Tier::Direct,
@@ -145,7 +149,7 @@ impl Default for Machine {
 impl Machine {
     /// How the executor works on a CUDA device.
     pub fn options(&self) -> Options {
-        Options { graph: self.graph && !self.check, choice: self.dtype.choice(self.autotune) }
+        Options { graph: self.graph && !self.check, choice: self.dtype.choice(self.autotune), nvtx: self.nvtx }
     }
 }
 

@@ -180,7 +180,7 @@ impl<'a> Run<'a> {
             monitor = checkpoint.state.monitor.clone();
             newest = Some(checkpoint.path().to_path_buf());
             let step = checkpoint.state.step;
-            trainer.restore(step, |name, desc| checkpoint.take(name, desc))?;
+            trainer.restore(step, &mut checkpoint)?;
             checkpoint.finish()?;
         }
         let metrics = match folder.metrics().exists() {

@@ -6,11 +6,12 @@ use crate::error::{Error, Result};
 use crate::exec::{Device, Executor};
 use crate::graph::{Phase, Plan, ValueId};
 use crate::nn::ParamInfo;
-use crate::nn::simsiam::{PADDED_CHANNELS, StepShape, StoredInputs, TrainGraph, ViewSource};
+use crate::nn::simsiam::{LOSS_SCALE, PADDED_CHANNELS, StepShape, StoredInputs, TrainGraph, ViewSource};
 use crate::ops::augment::{Augmentation, ViewDescriptor};
 use crate::ops::sgd::StepParam;
+use crate::tensor::TensorDesc;
 use crate::tensor::safetensors::NamedTensors;
-use crate::tensor::{HostTensor, TensorDesc};
+use crate::train::checkpoint::Checkpoint;
 use crate::train::config::RunConfig;
 use crate::train::monitor::effective_rank;
 use crate::train::schedule::Schedule;
@@ -100,7 +101,7 @@ fn record(config: &RunConfig, device: &Device, dataset: &Dataset, batch: usize) 
             ViewSource::Stored { augmentation, pixel_bytes }
         }
     };
-    let shape = StepShape { batch, image_size, dtype, keep_gradients: false, source: source.clone() };
+    let shape = StepShape::new(batch, image_size, dtype, source.clone());
     let graph = config.model.record_step(&shape)?;
     let source = Source::of(&graph, source);
     Ok((graph, source))
@@ -302,16 +303,20 @@ impl Trainer {
         Ok(tensors)
     }
 
-    /// Goes back to where `tensors` was taken after `step` steps; `take` hands out a tensor by name.
+    /// Goes back to where `checkpoint` was taken after `step` steps. It may come from another device and element type: the
+    /// scale of the loss, which only float16 has, starts anew then.
     ///
     /// # Errors
-    /// What `take` reports about missing or ill-shaped tensors.
-    pub fn restore(&mut self, step: u64, mut take: impl FnMut(&str, &TensorDesc) -> Result<HostTensor>) -> Result<()> {
-        write_params(&mut *self.exec, &self.params, &mut take)?;
+    /// [`Error::Format`] about missing or ill-shaped tensors.
+    pub fn restore<S>(&mut self, step: u64, checkpoint: &mut Checkpoint<S>) -> Result<()> {
+        let kept = |p: &&ParamInfo| !p.name.starts_with(LOSS_SCALE) || checkpoint.has(&p.name);
+        let params: Vec<ParamInfo> = self.params.iter().filter(kept).cloned().collect();
+        write_params(&mut *self.exec, &params, |name, desc| checkpoint.take(name, desc))?;
+        checkpoint.forget(LOSS_SCALE);
         for (name, value) in &self.momenta {
             let Some(param) = self.params.iter().find(|p| p.name == *name) else { continue };
             let desc = TensorDesc { shape: param.torch_shape(), dtype: param.desc.dtype };
-            let tensor = to_engine(take(&format!("{MOMENTUM}{name}"), &desc)?)?;
+            let tensor = to_engine(checkpoint.take(&format!("{MOMENTUM}{name}"), &desc)?)?;
             self.exec.write(*value, tensor.bytes())?;
         }
         (self.step, self.started) = (step, step);

@@ -124,13 +124,13 @@ class SimSiam(nn.Module):
         z = self.encoder(view)
         return z, self.predictor(z)
 
-    def optimiser(self, lr, predictor_lr, momentum, weight_decay):
+    def optimiser(self, lr, predictor_lr, momentum, weight_decay, **options):
         """SGD over everything that is trained; the predictor has its own learning rate."""
         groups = [
             {"params": [p for p in self.encoder.parameters() if p.requires_grad], "lr": lr},
             {"params": list(self.predictor.parameters()), "lr": predictor_lr},
         ]
-        return torch.optim.SGD(groups, lr, momentum=momentum, weight_decay=weight_decay)
+        return torch.optim.SGD(groups, lr, momentum=momentum, weight_decay=weight_decay, **options)
 
 
 def loss_of(z1, p1, z2, p2):

@@ -1,6 +1,7 @@
 //! CUDA: the kernels that were compiled into this binary, and the devices that run them.
 
 mod allocations;
+pub mod cast;
 pub mod ceilings;
 pub mod check;
 pub mod device;
@@ -56,7 +57,7 @@ fn reason(error: &libloading::Error) -> String {
 
 /// The declarations of the kernels that belong to no op.
 pub fn kernels() -> Vec<&'static Kernel> {
-    [ceilings::KERNELS, check::KERNELS, random::KERNELS].concat()
+    [cast::KERNELS, ceilings::KERNELS, check::KERNELS, random::KERNELS].concat()
 }
 
 /// The release of nvcc that compiled them, or "none".

@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::ops::time_once;
+use super::ops::{fill_inputs, time_once};
 use crate::backend::cuda::{DevicePtr, DeviceTensor, Driver, ceilings, random};
 use crate::error::Result;
-use crate::exec::Device;
+use crate::exec::{Device, Executor, Options, Precision};
 use crate::graph::{Phase, Role, Tape, builtin};
+use crate::ops::linear::Linear;
 use crate::tensor::{DType, TensorDesc};
 
 /// Float32 elements that are copied: many times any cache on a GPU, enough for a figure elsewhere.
@@ -18,9 +19,12 @@ const COPIED: [usize; 2] = [4 << 20, 256 << 20];
 /// Threads and rounds of the arithmetic kernels: enough to fill a GPU for some hundred microseconds.
 const THREADS: [usize; 2] = [1 << 12, 1 << 20];
 const ROUNDS: [u32; 2] = [32, 4096];
+/// Rows and columns of the matrices of the large product: on a CPU, and on a GPU.
+const PRODUCT: [usize; 2] = [1024, 8192];
 
 /// The bars.
-pub(super) struct Ceilings {
+#[derive(Debug, Clone, Copy)]
+pub(in crate::cli) struct Ceilings {
     /// GB/s read and written by a copy.
     pub copy: f64,
     /// TFLOP/s of float32 multiply-adds; none on the CPU.
@@ -31,8 +35,8 @@ pub(super) struct Ceilings {
 
 impl Ceilings {
     /// Measures, each figure the best of `repeat` runs.
-    pub fn measure(device: &Device, repeat: usize, on_gpu: bool) -> Result<Ceilings> {
-        let size = usize::from(on_gpu);
+    pub fn measure(device: &Device, repeat: usize) -> Result<Ceilings> {
+        let size = usize::from(device.is_gpu());
         match device {
             Device::Cpu(_) => Ok(Ceilings { copy: copy_on_host(device, repeat)?, fma: None, mma: None }),
             Device::Cuda(driver) => {
@@ -44,6 +48,11 @@ impl Ceilings {
                 Ok(Ceilings { copy, fma: Some(fma), mma: Some(mma) })
             }
         }
+    }
+
+    /// TFLOP/s of the engine's own arithmetic in `dtype`; none on the CPU.
+    pub fn arithmetic(&self, dtype: DType) -> Option<f64> {
+        if dtype == DType::F32 { self.fma } else { self.mma }
     }
 
     pub fn json(&self) -> Value {
@@ -59,6 +68,32 @@ impl fmt::Display for Ceilings {
         }
         Ok(())
     }
+}
+
+/// TFLOP/s of a large product of matrices in `precision`: what convolutions and linear layers are held against.
+///
+/// # Errors
+/// Faults of the device; on a GPU also [`crate::error::Error::Unsupported`] when NVIDIA's libraries are missing.
+pub(in crate::cli) fn matrix_product(device: &Device, precision: Precision, repeat: usize) -> Result<f64> {
+    let n = PRODUCT[usize::from(device.is_gpu())];
+    let mut tape = Tape::new();
+    let [x, w] = ["x", "w"].map(|name| tape.leaf(name, TensorDesc::new([n, n], precision.dtype()), Role::Input, false));
+    tape.record_one(Linear, &[x, w])?;
+    let options = Options { choice: precision.choice(true), ..Options::default() };
+    let mut executor = device.executor_with(tape, options)?;
+    fill_inputs(&mut *executor)?;
+    let fastest = fastest_phase(device, &mut *executor, repeat)?;
+    Ok(2.0 * (n as f64).powi(3) / fastest.as_secs_f64() / 1e12)
+}
+
+/// The shortest forward pass of some, of which the first does not count.
+fn fastest_phase(device: &Device, executor: &mut dyn Executor, repeat: usize) -> Result<Duration> {
+    executor.run_phase(Phase::Forward)?;
+    let mut fastest = Duration::MAX;
+    for _ in 0..repeat {
+        fastest = fastest.min(time_once(device, &mut || executor.run_phase(Phase::Forward))?);
+    }
+    Ok(fastest)
 }
 
 /// The most that `work` does a second, by what it says it has done.
@@ -83,11 +118,7 @@ fn copy_on_host(device: &Device, repeat: usize) -> Result<f64> {
     let x = tape.leaf("x", desc, Role::Input, false);
     tape.record_one(builtin::Copy, &[x])?;
     let mut executor = device.executor(tape)?;
-    let mut fastest = Duration::MAX;
-    for _ in 0..=repeat {
-        fastest = fastest.min(time_once(device, &mut || executor.run_phase(Phase::Forward))?);
-    }
-    Ok(bytes as f64 / fastest.as_secs_f64() / 1e9)
+    Ok(bytes as f64 / fastest_phase(device, &mut *executor, repeat)?.as_secs_f64() / 1e9)
 }
 
 /// Two tensors of float32 on a device.

@@ -11,7 +11,7 @@ use crate::backend::cpu::Tier;
 use crate::cli::output;
 use crate::error::{Error, Result};
 use crate::exec::{self, DeviceChoice, Executor, Precision};
-use crate::graph::{Phase, Role, Tape, ValueId};
+use crate::graph::{Phase, Role, ValueId, WriteMode};
 use crate::rng::Stream;
 use crate::tensor::{DType, TensorDesc};
 
@@ -55,7 +55,7 @@ struct Line {
 
 pub fn run(args: &OpsArgs) -> Result<()> {
     let settings = Settings::resolve(args)?;
-    let ceilings = Ceilings::measure(&settings.device, settings.repeat, settings.on_gpu)?;
+    let ceilings = Ceilings::measure(&settings.device, settings.repeat)?;
     let mut lines = Vec::new();
     if !args.json {
         output::print(|out| heading(out, &settings, &ceilings))?;
@@ -92,7 +92,7 @@ struct Settings {
 impl Settings {
     fn resolve(args: &OpsArgs) -> Result<Settings> {
         let device = args.device.open(Tier::Direct)?.device;
-        let on_gpu = matches!(&device, exec::Device::Cuda(driver) if !driver.emulated());
+        let on_gpu = device.is_gpu();
         let precision = args.dtype.unwrap_or(Precision::default_on(&device));
         precision.check_trainable_on(&device)?;
         let batch = args.batch.unwrap_or(if on_gpu { 256 } else { 2 });
@@ -121,7 +121,7 @@ fn measure(case: Case, settings: &Settings) -> Result<Vec<Line>> {
     }
     let mut lines = Vec::new();
     for (phase, phase_name) in [(Phase::Forward, "forward"), (Phase::Backward, "backward"), (Phase::Update, "update")] {
-        let (bytes, flops) = traffic(executors[0].tape(), phase);
+        let (bytes, flops) = traffic(&*executors[0], phase);
         if bytes == 0 {
             continue;
         }
@@ -152,7 +152,7 @@ fn time(
 }
 
 /// How long `work` takes on the device.
-pub(super) fn time_once(device: &exec::Device, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
+pub(in crate::cli) fn time_once(device: &exec::Device, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
     match device {
         exec::Device::Cuda(driver) => driver.time(work),
         exec::Device::Cpu(_) => {
@@ -164,22 +164,28 @@ pub(super) fn time_once(device: &exec::Device, work: &mut dyn FnMut() -> Result<
 }
 
 /// Bytes that the nodes of a phase have to move, and their floating-point operations.
-fn traffic(tape: &Tape, phase: Phase) -> (u64, u64) {
+fn traffic(executor: &dyn Executor, phase: Phase) -> (u64, u64) {
+    let nodes = executor.tape().nodes().iter().enumerate();
+    let of_phase = nodes.filter(|(_, node)| node.phase == phase && !node.op.is_view());
+    of_phase.map(|(index, _)| node_traffic(executor, index)).fold((0, 0), |sum, node| (sum.0 + node.0, sum.1 + node.1))
+}
+
+/// Bytes that a node has to move, and its floating-point operations.
+pub(in crate::cli) fn node_traffic(executor: &dyn Executor, index: usize) -> (u64, u64) {
+    let (tape, planned) = (executor.tape(), &executor.plan().nodes[index]);
+    let node = &tape.nodes()[index];
     let descs = |ids: &[ValueId]| -> Vec<&TensorDesc> { ids.iter().map(|&id| tape.desc(id)).collect() };
-    let mut sums = (0, 0);
-    for node in tape.nodes().iter().filter(|node| node.phase == phase && !node.op.is_view()) {
-        let (inputs, mut outputs) = (descs(&node.inputs), descs(&node.outputs));
-        let updates = descs(&node.updates);
-        // What is changed in place is read and written.
-        let read: Vec<&TensorDesc> = inputs.iter().chain(&updates).copied().collect();
-        outputs.extend(&updates);
-        sums = (sums.0 + node.op.bytes(&read, &outputs), sums.1 + node.op.flops(&inputs));
-    }
-    sums
+    let (inputs, updates, mut outputs) = (descs(&node.inputs), descs(&node.updates), descs(&node.outputs));
+    // What is changed in place or added to is read and written.
+    let added_to = outputs.iter().zip(&planned.modes).filter(|(_, mode)| **mode == WriteMode::Accumulate);
+    let read: Vec<&TensorDesc> =
+        inputs.iter().chain(&updates).copied().chain(added_to.map(|(desc, _)| *desc)).collect();
+    outputs.extend(&updates);
+    (node.op.bytes(&read, &outputs), node.op.flops(&inputs))
 }
 
 /// Random numbers in every leaf of the tape, around 0.1 so that no mean is zero.
-fn fill_inputs(executor: &mut dyn Executor) -> Result<()> {
+pub(in crate::cli) fn fill_inputs(executor: &mut dyn Executor) -> Result<()> {
     let mut stream = Stream::new(4, 0, 0);
     let random: Vec<f64> = (0..RANDOM_VALUES).map(|_| stream.uniform(-0.9, 1.1)).collect();
     let roles = [Role::Input, Role::Parameter, Role::State, Role::Optimiser];
@@ -194,7 +200,7 @@ fn fill_inputs(executor: &mut dyn Executor) -> Result<()> {
 }
 
 fn heading(out: &mut dyn Write, settings: &Settings, ceilings: &Ceilings) -> io::Result<()> {
-    writeln!(out, "device    {}", device_name(&settings.device))?;
+    writeln!(out, "device    {}", settings.device.name())?;
     writeln!(out, "ceilings  {ceilings}")?;
     if !settings.on_gpu {
         writeln!(out, "          without a GPU these figures only compare kernels with each other on this machine")?;
@@ -205,13 +211,6 @@ fn heading(out: &mut dyn Write, settings: &Settings, ceilings: &Ceilings) -> io:
         "\n{:<24} {:<8} {:<20} {:>10} {:>9} {:>7} {:>8}",
         "op", "pass", "shape", "time", "GB/s", "of copy", "TFLOP/s"
     )
-}
-
-fn device_name(device: &exec::Device) -> String {
-    match device {
-        exec::Device::Cpu(_) => "CPU".into(),
-        exec::Device::Cuda(driver) => driver.name(),
-    }
 }
 
 fn print_line(out: &mut dyn Write, line: &Line, ceilings: &Ceilings) -> io::Result<()> {
@@ -240,7 +239,7 @@ fn to_json(settings: &Settings, ceilings: &Ceilings, lines: &[Line]) -> Value {
         })
     };
     json!({
-        "device": device_name(&settings.device), "on_gpu": settings.on_gpu, "dtype": settings.dtype,
+        "device": settings.device.name(), "on_gpu": settings.on_gpu, "dtype": settings.dtype,
         "images": settings.batch, "repeat": settings.repeat, "ceilings": ceilings.json(),
         "ops": lines.iter().map(line).collect::<Vec<_>>(),
     })

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crate::backend::cpu::arena::Slot;
 use crate::backend::cuda::library::{Choice, Prepared};
-use crate::backend::cuda::{CudaIo, DeviceOutput, DevicePtr, DeviceTensor, Driver, Stream, check};
+use crate::backend::cuda::{CudaIo, DeviceOutput, DevicePtr, DeviceTensor, Driver, Nvtx, Stream, check, nvtx};
 use crate::error::{Error, Result};
 use crate::exec::Executor;
 use crate::exec::program::{POISON, Program};
@@ -30,11 +30,13 @@ pub struct Options {
     pub graph: bool,
     /// How the libraries' algorithms are chosen.
     pub choice: Choice,
+    /// Tell a profiler what is launched: a range for every step, phase and node.
+    pub nvtx: bool,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { graph: true, choice: Choice::default() }
+        Options { graph: true, choice: Choice::default(), nvtx: false }
     }
 }
 
@@ -43,6 +45,8 @@ impl Default for Options {
 pub struct CudaExecutor {
     program: Program,
     options: Options,
+    /// The profiler that is told, if one is.
+    nvtx: Option<Nvtx>,
     /// The algorithm of every node that a library computes on a real device.
     prepared: Vec<Option<Box<dyn Prepared>>>,
     capture: Capture,
@@ -75,9 +79,10 @@ impl CudaExecutor {
     }
 
     fn prepare(program: Program, driver: Arc<dyn Driver>, options: Options, fill: u8) -> Result<CudaExecutor> {
+        let nvtx = options.nvtx.then(Nvtx::load).transpose()?;
         let arena = Arena::new(driver, program.plan.memory.total)?;
         let (feed, capture) = (Feed::new(arena.driver())?, Capture::default());
-        let mut executor = CudaExecutor { program, options, prepared: Vec::new(), capture, feed, arena };
+        let mut executor = CudaExecutor { program, options, nvtx, prepared: Vec::new(), capture, feed, arena };
         executor.prepared = executor.choose_algorithms()?;
         executor.arena.fill(fill)?;
         Ok(executor)
@@ -99,10 +104,10 @@ impl CudaExecutor {
             let operands = library::operands(&self.io(index, 0));
             // SAFETY: the planner reserved every tensor as its shape says, from which the op made `work`, and
             // `Work::workspace` bytes of workspace.
-            unsafe { libraries.prepare(work, &operands, self.options.choice) }.map(Some)
+            unsafe { libraries.prepare(driver, work, &operands, self.options.choice) }.map(Some)
         };
         let prepared = works.iter().enumerate().map(prepare).collect::<Result<_>>()?;
-        libraries.remember()?;
+        libraries.remember();
         Ok(prepared)
     }
 
@@ -133,22 +138,34 @@ impl CudaExecutor {
         if node.op.is_view() {
             return Ok(());
         }
+        let _range = self.range(&node.name);
         let io = self.io(index, slot);
         match &self.prepared[index] {
             // SAFETY: as when it was prepared: the places of the node's tensors, of which only an input's copy may differ.
-            Some(prepared) => unsafe { prepared.run(&library::operands(&io)) },
+            Some(prepared) => unsafe { prepared.run(io.driver, &library::operands(&io)) },
             None if node.op.library_work(&self.input_descs(node)).is_some() => library::answer_on_host(&node.op, &io),
             None => node.op.cuda(&io),
         }
     }
 
+    fn launch_phase(&self, phase: Phase, slot: usize) -> Result<()> {
+        let _range = self.range(phase.name());
+        self.program.nodes_of(phase).into_iter().try_for_each(|index| self.launch_node(index, slot))
+    }
+
     fn launch_all(&self, slot: usize) -> Result<()> {
-        (0..self.program.tape.nodes().len()).try_for_each(|index| self.launch_node(index, slot))
+        Phase::ALL.into_iter().try_for_each(|phase| self.launch_phase(phase, slot))
+    }
+
+    /// A range that a profiler shows, as long as it is kept.
+    fn range(&self, name: &str) -> Option<nvtx::Range> {
+        self.nvtx.as_ref().map(|nvtx| nvtx.range(name))
     }
 
     /// Starts a step that reads copy `slot` of the inputs.
     fn start_step(&mut self, slot: usize) -> Result<()> {
         let driver = self.arena.shared_driver();
+        let _range = self.range("step");
         if !self.options.graph {
             return self.launch_all(slot);
         }
@@ -228,7 +245,7 @@ impl Executor for CudaExecutor {
     fn run_phase(&mut self, phase: Phase) -> Result<()> {
         let slot = self.feed.next();
         self.feed.before_step(self.arena.driver())?;
-        self.program.nodes_of(phase).into_iter().try_for_each(|index| self.launch_node(index, slot))
+        self.launch_phase(phase, slot)
     }
 
     fn run_step(&mut self) -> Result<()> {

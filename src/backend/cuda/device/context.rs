@@ -12,7 +12,7 @@ use crate::error::Result;
 /// A use of the device's primary context, given back when the last one who holds it is gone. NVIDIA's libraries work in the
 /// primary context too.
 #[derive(Debug)]
-pub(super) struct Context {
+pub(in crate::backend::cuda) struct Context {
     device: sys::CUdevice,
     raw: sys::CUcontext,
 }

@@ -9,14 +9,14 @@ mod kernels;
 mod pinned;
 mod stream;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUresult};
 
 use capture::{Capture, Executable};
-use context::Context;
+pub(super) use context::Context;
 pub use facts::DeviceFacts;
 use failure::{failed, misuse, unsupported};
 use kernels::Kernels;
@@ -25,6 +25,7 @@ use stream::{Mark, Queue};
 
 use super::allocations::Allocations;
 use super::kernel::{Call, DevicePtr, Grid};
+use super::library::{CudaLibraries, Libraries};
 use super::{DeviceMemory, Driver, Event, Graph, Pinned, Stream, compiled_modules};
 use crate::error::Result;
 
@@ -32,6 +33,8 @@ use crate::error::Result;
 #[derive(Debug)]
 pub struct CudaDevice {
     name: String,
+    /// Loaded when they are first asked for; their handles are given back before the streams.
+    libraries: OnceLock<CudaLibraries>,
     allocations: Allocations,
     capture: Capture,
     kernels: Kernels,
@@ -57,6 +60,7 @@ impl CudaDevice {
         let context = Context::of(device)?;
         context.bind()?;
         Ok(CudaDevice {
+            libraries: OnceLock::new(),
             allocations: Allocations::default(),
             capture: Capture::default(),
             kernels: Kernels::load(&context, &name)?,
@@ -95,6 +99,20 @@ impl CudaDevice {
     /// The driver's handle of a stream, for NVIDIA's libraries; valid as long as the device.
     pub fn raw_stream(&self, stream: Stream) -> sys::CUstream {
         self.queue(stream).raw
+    }
+
+    /// cuDNN and cuBLASLt on this device, loaded when they are first asked for.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Unsupported`] naming the library that is missing, or that refuses the device.
+    pub fn loaded_libraries(&self) -> Result<&CudaLibraries> {
+        if let Some(loaded) = self.libraries.get() {
+            return Ok(loaded);
+        }
+        self.bind_outside_capture("load NVIDIA's libraries")?;
+        // SAFETY: the stream is of the context, and outlives the libraries: see the order of the fields.
+        let loaded = unsafe { CudaLibraries::new(&self.context, self.compute.raw, self.name.clone()) }?;
+        Ok(self.libraries.get_or_init(|| loaded)) // one that another thread loaded meanwhile is as good
     }
 
     fn queue(&self, stream: Stream) -> &Queue {
@@ -217,6 +235,10 @@ impl Driver for CudaDevice {
         self.bind()?;
         let (free, total) = result::mem_get_info().map_err(|e| failed("say how much memory it has", e))?;
         Ok(DeviceMemory { free, total })
+    }
+
+    fn libraries(&self) -> Result<Option<&dyn Libraries>> {
+        Ok(Some(self.loaded_libraries()?))
     }
 
     fn pinned(&self, bytes: usize) -> Result<Box<dyn Pinned>> {

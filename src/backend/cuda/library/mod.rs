@@ -2,12 +2,25 @@
 //! the backend.
 #![allow(unsafe_code)] // declares launches, whose conditions callers discharge
 
+pub mod cache;
+mod choose;
+pub mod cublaslt;
+pub mod cudnn;
+mod installed;
+mod measure;
+pub mod search;
+mod table;
+
+pub use choose::{CudaLibraries, graph, limits};
+pub use installed::{Installed, installed};
+pub use measure::Measured;
+
 use std::fmt::Debug;
 
 use crate::error::Result;
 use crate::tensor::DType;
 
-use super::DevicePtr;
+use super::{DevicePtr, Driver};
 
 /// Scratch that every piece of work has: algorithms that want more are not taken. 32 MiB is what cuBLASLt wants on Hopper;
 /// with 8-channel input every convolution of the ResNets has an algorithm within it (`tests/cudnn_plans.rs`).
@@ -59,6 +72,11 @@ impl Convolution {
     /// Width of y.
     pub fn ow(&self) -> usize {
         (self.w + 2 * self.padding[1] - self.kernel[1]) / self.stride[1] + 1
+    }
+
+    /// Elements of w.
+    pub fn w_len(&self) -> usize {
+        self.c_out * self.kernel[0] * self.kernel[1] * self.c_in
     }
 
     /// The same as a matrix product, which it is for 1x1 kernels that leave nothing out.
@@ -120,23 +138,28 @@ pub enum Work {
 }
 
 impl Work {
+    /// The same as a matrix product, where it is one.
+    pub fn as_product(&self) -> Option<Product> {
+        match self {
+            Work::Convolution(convolution) => convolution.as_product(),
+            Work::Product(product) => Some(*product),
+        }
+    }
+
     /// Bytes of workspace: [`SCRATCH`], and where a result has to be made elsewhere first, room for it after that.
     pub fn workspace(&self, accumulate: bool) -> usize {
         SCRATCH + self.staging(accumulate)
     }
 
-    /// Bytes of a result that a library cannot bring to its place: weight gradients of 16-bit tensors, which cuDNN does not
-    /// widen; data gradients to be added to others, unless they are products, which can add.
-    pub fn staging(&self, accumulate: bool) -> usize {
-        let Work::Convolution(c) = self else { return 0 };
-        match c.direction {
-            Direction::Forward => 0,
-            Direction::DataGradient if accumulate && c.as_product().is_none() => {
-                c.n * c.h * c.w * c.c_in * c.dtype.size()
+    /// Bytes of what has to be converted before or after, at [`SCRATCH`] in the workspace: weight gradients of 16-bit tensors,
+    /// which no engine of cuDNN's widens; the bias of a 16-bit result, which cuBLASLt takes in that type alone.
+    pub fn staging(&self, _accumulate: bool) -> usize {
+        match self {
+            Work::Convolution(c) if c.direction == Direction::WeightGradient && c.dtype != DType::F32 => {
+                c.w_len() * c.dtype.size()
             }
-            Direction::DataGradient => 0,
-            Direction::WeightGradient if c.dtype == DType::F32 && !accumulate => 0,
-            Direction::WeightGradient => c.c_out * c.kernel[0] * c.kernel[1] * c.c_in * c.dtype.size(),
+            Work::Product(p) if p.bias && p.out != DType::F32 => p.n * p.out.size(),
+            _ => 0,
         }
     }
 }
@@ -157,7 +180,7 @@ pub struct Operands {
 }
 
 /// How algorithms are chosen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize)]
 pub struct Choice {
     /// Whether float32 operands may be rounded to TF32.
     pub tf32: bool,
@@ -167,20 +190,25 @@ pub struct Choice {
 
 /// cuDNN and cuBLASLt on one device.
 pub trait Libraries: Debug + Send + Sync {
-    /// Chooses an algorithm for `work`. Candidates may be run on `operands`, whose content is lost.
+    /// Chooses an algorithm for `work`, the one that was chosen before where there is one. Candidates are run on `operands`,
+    /// on the compute stream of `driver`, whose libraries these are: the content of the result and of the workspace is lost.
+    /// What is returned has run once.
     ///
     /// # Errors
     /// [`crate::error::Error::Unsupported`] when no algorithm can do it.
     ///
     /// # Safety
     /// The operands are memory of this device, as large as `work` says.
-    unsafe fn prepare(&self, work: &Work, operands: &Operands, choice: Choice) -> Result<Box<dyn Prepared>>;
+    unsafe fn prepare(
+        &self,
+        driver: &dyn Driver,
+        work: &Work,
+        operands: &Operands,
+        choice: Choice,
+    ) -> Result<Box<dyn Prepared>>;
 
-    /// Keeps what was chosen for the next run on this machine.
-    ///
-    /// # Errors
-    /// A file that cannot be written.
-    fn remember(&self) -> Result<()>;
+    /// Keeps what was chosen for the next run on this machine. A file that cannot be written is told of in the log.
+    fn remember(&self);
 }
 
 /// A piece of work with its algorithm.
@@ -188,7 +216,7 @@ pub trait Prepared: Debug + Send + Sync {
     /// The algorithm, for people: `cuDNN engine 62` or `cuBLASLt`.
     fn algorithm(&self) -> String;
 
-    /// Starts it on the compute stream; may be captured.
+    /// Starts it on the compute stream of `driver`, the one that it was prepared on; may be captured.
     ///
     /// # Errors
     /// What the library refuses.
@@ -196,5 +224,5 @@ pub trait Prepared: Debug + Send + Sync {
     /// # Safety
     /// The operands are memory of this device, as large as the work that this was prepared for says, and `accumulate` is as
     /// it was then.
-    unsafe fn run(&self, operands: &Operands) -> Result<()>;
+    unsafe fn run(&self, driver: &dyn Driver, operands: &Operands) -> Result<()>;
 }

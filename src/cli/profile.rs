@@ -1,0 +1,352 @@
+//! `profile`: where the time of a training step goes, node by node, and how much of it the device could not do without.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::bench::ops::node_traffic;
+use super::output::print;
+use super::peaks::{Peaks, teraflops};
+use super::workload::{Steps, Synthetic, Workload, WorkloadArgs, check, merged, quartiles};
+use crate::atomic::write_atomic;
+use crate::error::Result;
+use crate::exec::Executor;
+use crate::graph::{Node, Phase};
+use crate::report::chart::bars::{Bar, BarChart, BarPanel, write_bars};
+
+/// Rounds without a GPU, and on one.
+const ROUNDS: [usize; 2] = [3, 20];
+/// Steps that do not count: without a GPU, and on one.
+const WARMUP: [usize; 2] = [1, 5];
+const MAX_ROUNDS: usize = 10_000;
+/// Bars of a chart; kinds of ops that are not among the slowest are left out of it.
+const BARS: usize = 16;
+
+#[derive(Debug, clap::Args)]
+pub struct ProfileArgs {
+    #[command(flatten)]
+    workload: WorkloadArgs,
+    /// Steps that are timed, of which the median of each node counts [default: 20, 3 without a GPU].
+    #[arg(long, value_name = "N")]
+    steps: Option<usize>,
+    /// Steps before the first that counts [default: 5, 1 without a GPU].
+    #[arg(long, value_name = "N")]
+    warmup: Option<usize>,
+    /// How many of the slowest nodes to list; the JSON has them all.
+    #[arg(long, value_name = "N", default_value_t = 25)]
+    top: usize,
+    /// Write everything as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Draw kinds of ops and slowest nodes as bars.
+    #[arg(long, value_name = "FILE")]
+    png: Option<PathBuf>,
+}
+
+pub fn run(args: &ProfileArgs) -> Result<()> {
+    for (option, value, min) in [("--steps", args.steps, 1), ("--warmup", args.warmup, 0)] {
+        value.map_or(Ok(()), |value| check(option, value, min, MAX_ROUNDS))?;
+    }
+    let profile = Profile::measure(args)?;
+    print(|out| profile.print(out, args.top))?;
+    if let Some(path) = &args.json {
+        write_atomic(path, |out| out.write_all(format!("{:#}\n", profile.json()).as_bytes()))?;
+        eprintln!("wrote {}", path.display());
+    }
+    if let Some(path) = &args.png {
+        write_bars(path, &profile.chart(args.top.min(BARS)))?;
+        eprintln!("wrote {}", path.display());
+    }
+    Ok(())
+}
+
+/// What was measured of a node, or of several.
+#[derive(Debug, Clone, Copy, Default)]
+struct Cost {
+    nodes: usize,
+    /// Seconds.
+    time: f64,
+    bytes: u64,
+    flops: u64,
+    /// Seconds that the device needs at least: by its roofline, node by node.
+    floor: f64,
+}
+
+impl Cost {
+    fn add(self, other: Cost) -> Cost {
+        Cost {
+            nodes: self.nodes + other.nodes,
+            time: self.time + other.time,
+            bytes: self.bytes + other.bytes,
+            flops: self.flops + other.flops,
+            floor: self.floor + other.floor,
+        }
+    }
+
+    fn sum<'a>(costs: impl Iterator<Item = &'a Cost>) -> Cost {
+        costs.fold(Cost::default(), |sum, cost| sum.add(*cost))
+    }
+
+    fn gigabytes_a_second(&self) -> f64 {
+        self.bytes as f64 / self.time / 1e9
+    }
+
+    fn teraflops(&self) -> f64 {
+        self.flops as f64 / self.time / 1e12
+    }
+
+    fn of_roofline(&self) -> f64 {
+        self.floor / self.time
+    }
+
+    fn json(&self, total: f64) -> Value {
+        json!({
+            "nodes": self.nodes, "time_s": self.time, "share": self.time / total, "bytes": self.bytes,
+            "flops": self.flops, "gb_per_s": self.gigabytes_a_second(), "tflop_per_s": self.teraflops(),
+            "floor_s": self.floor, "of_roofline": self.of_roofline(),
+        })
+    }
+}
+
+/// One node of the tape.
+struct NodeCost {
+    index: usize,
+    name: String,
+    op: &'static str,
+    phase: Phase,
+    cost: Cost,
+    fastest: f64,
+}
+
+impl NodeCost {
+    /// Name and op; what the backward pass appended has the op in its name.
+    fn label(&self) -> String {
+        match self.name.ends_with(self.op) {
+            true => self.name.clone(),
+            false => format!("{} {}", self.name, self.op),
+        }
+    }
+}
+
+/// Everything there is to tell.
+struct Profile {
+    workload: Workload,
+    rounds: usize,
+    /// Nodes that run, in the tape's order.
+    nodes: Vec<NodeCost>,
+    total: Cost,
+    /// Seconds of a whole step, run as training runs it: quartiles.
+    step: [f64; 3],
+    loss: f64,
+    planned: usize,
+}
+
+impl Profile {
+    fn measure(args: &ProfileArgs) -> Result<Profile> {
+        let workload = args.workload.resolve()?;
+        let mut steps = workload.synthetic()?;
+        let on_gpu = usize::from(workload.device.is_gpu());
+        let (rounds, warmup) = (args.steps.unwrap_or(ROUNDS[on_gpu]), args.warmup.unwrap_or(WARMUP[on_gpu]));
+        steps.run(warmup)?;
+        let times = time_nodes(&mut steps, rounds, workload.device.is_gpu())?;
+        let mut seconds = (0..rounds).map(|_| Ok(steps.run(1)?.as_secs_f64())).collect::<Result<Vec<f64>>>()?;
+        seconds.sort_by(f64::total_cmp);
+        let (loss, planned) = (steps.finite_loss()?, steps.planned_bytes());
+        let nodes = node_costs(&*steps.executor, &workload.peaks, &times);
+        let total = Cost::sum(nodes.iter().map(|node| &node.cost));
+        Ok(Profile { workload, rounds, nodes, total, step: quartiles(&seconds), loss, planned })
+    }
+
+    /// Sums over the nodes of each kind of op and phase, the slowest first.
+    fn ops(&self) -> Vec<(&'static str, Phase, Cost)> {
+        let mut ops: Vec<(&'static str, Phase, Cost)> = vec![];
+        for node in &self.nodes {
+            match ops.iter_mut().find(|(op, phase, _)| (*op, *phase) == (node.op, node.phase)) {
+                Some((_, _, cost)) => *cost = cost.add(node.cost),
+                None => ops.push((node.op, node.phase, node.cost)),
+            }
+        }
+        ops.sort_by(|a, b| b.2.time.total_cmp(&a.2.time));
+        ops
+    }
+
+    fn phase(&self, phase: Phase) -> Cost {
+        Cost::sum(self.nodes.iter().filter(|node| node.phase == phase).map(|node| &node.cost))
+    }
+
+    /// The slowest nodes.
+    fn slowest(&self, top: usize) -> Vec<&NodeCost> {
+        let mut nodes: Vec<&NodeCost> = self.nodes.iter().collect();
+        nodes.sort_by(|a, b| b.cost.time.total_cmp(&a.cost.time));
+        nodes.truncate(top);
+        nodes
+    }
+
+    fn images_a_second(&self) -> f64 {
+        self.workload.batch as f64 / self.step[1]
+    }
+
+    fn mfu_text(&self) -> String {
+        self.workload.peaks.describe_mfu(self.workload.flops, self.step[1])
+    }
+
+    fn print(&self, out: &mut dyn Write, top: usize) -> io::Result<()> {
+        let (workload, total) = (&self.workload, self.total);
+        writeln!(out, "{}", workload.title())?;
+        writeln!(out, "device     {}", workload.device.name())?;
+        writeln!(out, "ceilings   {}", workload.peaks)?;
+        let [_, step, _] = self.step;
+        writeln!(out, "step       {} ({:.1} images/s), MFU {}", time(step), self.images_a_second(), self.mfu_text())?;
+        let note = "of the step; each alone, with what it takes to start and to time it";
+        writeln!(out, "nodes      {}, {} {note}", time(total.time), percent(total.time / step))?;
+        let note = "of the step: no node can be faster by the ceilings";
+        writeln!(out, "roofline   {}, {} {note}", time(total.floor), percent(total.floor / step))?;
+
+        self.table(
+            out,
+            ["phase", "", ""],
+            Phase::ALL.map(|p| ([p.name().into(), String::new(), String::new()], self.phase(p))),
+        )?;
+        let row = |(op, phase, cost): (&str, Phase, Cost)| {
+            ([op.into(), phase.name().into(), format!("{}", cost.nodes)], cost)
+        };
+        self.table(out, ["kind of op", "phase", "nodes"], self.ops().into_iter().map(row))?;
+        let row = |node: &NodeCost| ([node.name.clone(), node.op.into(), node.phase.name().into()], node.cost);
+        let heading = format!("slowest {} of {} nodes", top.min(self.nodes.len()), self.nodes.len());
+        self.table(out, [heading.as_str(), "op", "phase"], self.slowest(top).into_iter().map(row))
+    }
+
+    fn table(
+        &self,
+        out: &mut dyn Write,
+        heads: [&str; 3],
+        rows: impl IntoIterator<Item = ([String; 3], Cost)>,
+    ) -> io::Result<()> {
+        let rows: Vec<([String; 3], Cost)> = rows.into_iter().collect();
+        let width = |column: usize| {
+            let cells = rows.iter().map(|(cells, _)| cells[column].chars().count());
+            cells.chain([heads[column].chars().count()]).max().unwrap_or(0)
+        };
+        let [w0, w1, w2] = [0, 1, 2].map(width);
+        let figures = ["time", "share", "GB/s", "TFLOP/s", "of roofline"];
+        let [time_head, share, bytes, flops, roofline] = figures;
+        let [h0, h1, h2] = heads;
+        writeln!(
+            out,
+            "\n{h0:<w0$}  {h1:<w1$}  {h2:<w2$}  {time_head:>10}  {share:>7}  {bytes:>9}  {flops:>8}  {roofline:>11}"
+        )?;
+        for ([c0, c1, c2], cost) in &rows {
+            let [time, share, bytes, flops, roofline] = self.figures(cost);
+            let line = format!(
+                "{c0:<w0$}  {c1:<w1$}  {c2:<w2$}  {time:>10}  {share:>7}  {bytes:>9}  {flops:>8}  {roofline:>11}"
+            );
+            writeln!(out, "{}", line.trim_end())?;
+        }
+        Ok(())
+    }
+
+    fn figures(&self, cost: &Cost) -> [String; 5] {
+        let flops = if cost.flops == 0 { "-".into() } else { teraflops(cost.teraflops()) };
+        let bytes = format!("{:.1}", cost.gigabytes_a_second());
+        [time(cost.time), percent(cost.time / self.total.time), bytes, flops, percent(cost.of_roofline())]
+    }
+
+    fn json(&self) -> Value {
+        let (workload, total) = (&self.workload, self.total.time);
+        let phases = Phase::ALL.map(|phase| merged(json!({ "phase": phase.name() }), self.phase(phase).json(total)));
+        let ops = self
+            .ops()
+            .into_iter()
+            .map(|(op, phase, cost)| merged(json!({ "op": op, "phase": phase.name() }), cost.json(total)));
+        let nodes = self.nodes.iter().map(|node| {
+            let NodeCost { index, name: node_name, op, phase, cost, fastest } = node;
+            let what =
+                json!({ "node": index, "name": node_name, "op": op, "phase": phase.name(), "fastest_s": fastest });
+            merged(what, cost.json(total))
+        });
+        let [lower, step, upper] = self.step;
+        let (mfu, mfu_of_given) = workload.peaks.mfu(workload.flops, step);
+        merged(
+            workload.json(),
+            json!({
+                "rounds": self.rounds,
+                "planned_bytes": self.planned,
+                "step_s": step, "step_lower_quartile_s": lower, "step_upper_quartile_s": upper,
+                "images_per_s": self.images_a_second(), "mfu": mfu, "mfu_of_given_peak": mfu_of_given,
+                "loss": self.loss,
+                "total": self.total.json(total),
+                "phases": phases,
+                "ops": ops.collect::<Vec<_>>(),
+                "nodes": nodes.collect::<Vec<_>>(),
+            }),
+        )
+    }
+
+    fn chart(&self, top: usize) -> BarChart {
+        let bar = |label: String, phase: Phase, cost: &Cost| {
+            let group = Phase::ALL.iter().position(|p| *p == phase).unwrap_or(0);
+            let cells = vec![time(cost.time), percent(cost.time / self.total.time), percent(cost.of_roofline())];
+            Bar { label, value: cost.time, full: cost.floor, group, cells }
+        };
+        let ops = self.ops();
+        let slowest = self.slowest(top);
+        let of_ops = ops.iter().take(BARS).map(|(op, phase, cost)| bar(format!("{op} ({})", cost.nodes), *phase, cost));
+        let of_nodes = slowest.iter().map(|node| bar(node.label(), node.phase, &node.cost));
+        let panels = vec![
+            BarPanel { title: "By kind of op (nodes)".into(), bars: of_ops.collect() },
+            BarPanel { title: "Slowest nodes".into(), bars: of_nodes.collect() },
+        ];
+        let speed =
+            format!("{} a step, {:.1} images/s, MFU {}", time(self.step[1]), self.images_a_second(), self.mfu_text());
+        BarChart {
+            title: self.workload.title(),
+            subtitle: format!("{}: {speed}", self.workload.device.name()),
+            groups: Phase::ALL.map(|phase| phase.name().to_string()).to_vec(),
+            key: "full colour: the least time by the roofline".into(),
+            columns: ["time", "share", "of roofline"].map(String::from).to_vec(),
+            panels,
+        }
+    }
+}
+
+/// Times of every node, round by round.
+fn time_nodes(steps: &mut Synthetic, rounds: usize, on_gpu: bool) -> Result<Vec<Vec<Duration>>> {
+    let executor = &mut *steps.executor;
+    let mut times = vec![Vec::with_capacity(rounds); executor.tape().nodes().len()];
+    for _ in 0..rounds {
+        // While a GPU is at work on this step, the nodes of the next queue up, and it need not wait for any of them.
+        if on_gpu {
+            executor.run_step()?;
+        }
+        times.iter_mut().zip(executor.run_timed()?).for_each(|(of_node, time)| of_node.push(time));
+    }
+    Ok(times)
+}
+
+fn node_costs(executor: &dyn Executor, peaks: &Peaks, times: &[Vec<Duration>]) -> Vec<NodeCost> {
+    let nodes = executor.tape().nodes().iter().zip(times).enumerate();
+    let cost = |(index, (node, times)): (usize, (&Node, &Vec<Duration>))| {
+        let mut seconds: Vec<f64> = times.iter().map(Duration::as_secs_f64).collect();
+        seconds.sort_by(f64::total_cmp);
+        let [_, median, _] = quartiles(&seconds);
+        let (bytes, flops) = node_traffic(executor, index);
+        let cost = Cost { nodes: 1, time: median, bytes, flops, floor: peaks.floor(bytes, flops) };
+        NodeCost { index, name: node.name.clone(), op: node.op.name(), phase: node.phase, cost, fastest: seconds[0] }
+    };
+    nodes.filter(|(_, (node, _))| !node.op.is_view()).map(cost).collect()
+}
+
+/// Seconds as people read them.
+fn time(seconds: f64) -> String {
+    match seconds {
+        s if s < 1e-3 => format!("{:.1} us", s * 1e6),
+        s if s < 1.0 => format!("{:.2} ms", s * 1e3),
+        s => format!("{s:.2} s"),
+    }
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.1} %", 100.0 * share)
+}
