@@ -17,7 +17,7 @@ use crate::exec::Executor;
 use crate::exec::program::{POISON, Program};
 use crate::graph::plan::Target;
 use crate::graph::{Node, Phase, Plan, Role, Tape, ValueId, WriteMode};
-use crate::tensor::{DType, HostTensor, TensorDesc};
+use crate::tensor::{DType, HostTensor};
 
 use capture::{Capture, Mode, SLOTS};
 use feed::{Feed, Watched};
