@@ -21,7 +21,7 @@ use simsiam_engine::exec::{Device, Options};
 use simsiam_engine::graph::{Role, Tape};
 use simsiam_engine::ops::cuda_kernels;
 use simsiam_engine::ops::relu::Relu;
-use simsiam_engine::ops::sgd::{SgdUpdate, StepParam};
+use simsiam_engine::ops::sgd::{Guard, SgdUpdate, StepParam};
 use simsiam_engine::selftest;
 use simsiam_engine::tensor::{DType, HostTensor, TensorDesc};
 
@@ -429,7 +429,7 @@ fn weights(device: &Device, options: Options) -> Vec<HostTensor> {
     let x = tape.leaf("x", desc.clone(), Role::Input, false);
     let [w, v] = ["w", "v"].map(|name| tape.leaf(name, desc.clone(), Role::Parameter, false));
     let gradient = tape.record(Relu, &[x]).unwrap()[0];
-    let sgd = SgdUpdate { lr: vec![StepParam::Lr], copies: Vec::new() };
+    let sgd = SgdUpdate { lr: vec![StepParam::Lr], copies: Vec::new(), guard: Guard::None };
     tape.update(sgd, &[step_params, gradient], &[w, v]).unwrap();
 
     let mut exec = device.executor_with(tape, options).unwrap();
