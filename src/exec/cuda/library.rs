@@ -1,12 +1,12 @@
 //! What NVIDIA's libraries do on a device: prepared once there, and done by the CPU for an emulated device, in float32 and
-//! rounded to the element types of the outputs.
+//! rounded where the libraries round.
 
 use std::sync::Arc;
 
 use half::{bf16, f16};
 
 use crate::backend::cpu::{CpuIo, Input, Output, Tier};
-use crate::backend::cuda::library::Operands;
+use crate::backend::cuda::library::{Operands, Work};
 use crate::backend::cuda::{CudaIo, DeviceOutput, DevicePtr, DeviceTensor, HostTask, HostView};
 use crate::error::Result;
 use crate::graph::Op;
@@ -64,6 +64,19 @@ impl Widened {
         Ok(Widened { desc: TensorDesc { dtype: DType::F32, ..place.desc.clone() }, values })
     }
 
+    /// What is left of the values in `dtype`.
+    fn round(&mut self, dtype: DType) {
+        match dtype {
+            DType::Bf16 => self.values.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
+            DType::F16 => self.values.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32()),
+            _ => {}
+        }
+    }
+
+    fn add(&mut self, other: &Widened) {
+        self.values.iter_mut().zip(&other.values).for_each(|(v, other)| *v += other);
+    }
+
     fn write(&self, memory: &dyn HostView, place: &Place) -> Result<()> {
         let bytes: Vec<u8> = match place.desc.dtype {
             DType::Bf16 => self.values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
@@ -74,27 +87,45 @@ impl Widened {
     }
 }
 
-/// Runs an op of a library on copies of its tensors.
+/// Runs an op of a library on copies of its tensors, with one output.
 fn answer(op: &dyn Op, inputs: &[Place], outputs: &[Place], memory: &dyn HostView) -> Result<()> {
     let read = |places: &[Place]| places.iter().map(|place| Widened::read(memory, place)).collect::<Result<Vec<_>>>();
-    let (inputs, mut results) = (read(inputs)?, read(outputs)?);
+    let (mut operands, mut results) = (read(inputs)?, read(outputs)?);
+    let descs: Vec<&TensorDesc> = inputs.iter().map(|place| &place.desc).collect();
+    let accumulate = outputs.iter().any(|place| place.accumulate);
+    // What a device converts on the way, see `Work::staging`: there too the result, or the bias, is in 16 bits for a while.
+    let work = op.library_work(&descs).filter(|work| work.staging(accumulate) > 0);
+    let staged = match work {
+        Some(Work::Convolution(convolution)) => Some(convolution.dtype),
+        Some(Work::Product(product)) => {
+            operands.iter_mut().skip(2).for_each(|bias| bias.round(product.out));
+            None
+        }
+        None => None,
+    };
+    let before = if staged.is_some() && accumulate { read(outputs)? } else { Vec::new() };
+    compute(op, &operands, &mut results, accumulate && staged.is_none())?;
+    if let Some(dtype) = staged {
+        results.iter_mut().for_each(|result| result.round(dtype));
+        results.iter_mut().zip(&before).for_each(|(result, before)| result.add(before));
+    }
+    results.iter().zip(outputs).try_for_each(|(result, place)| result.write(memory, place))
+}
+
+/// Runs the op on the CPU, in float32.
+fn compute<'a>(op: &dyn Op, inputs: &[Widened], results: &'a mut [Widened], accumulate: bool) -> Result<()> {
     let descs: Vec<&TensorDesc> = inputs.iter().map(|t| &t.desc).collect();
     // Of float64, for the alignment.
     let mut workspace = vec![0.0f64; op.workspace(&descs).div_ceil(size_of::<f64>())];
+    let output = |t: &'a mut Widened| {
+        let Widened { desc, values } = t;
+        Output { desc, bytes: bytemuck::cast_slice_mut(values), accumulate }
+    };
     op.cpu(&mut CpuIo {
         inputs: inputs.iter().map(|t| Input { desc: &t.desc, bytes: bytemuck::cast_slice(&t.values) }).collect(),
-        outputs: results
-            .iter_mut()
-            .zip(outputs)
-            .map(|(t, place)| Output {
-                desc: &t.desc,
-                bytes: bytemuck::cast_slice_mut(&mut t.values),
-                accumulate: place.accumulate,
-            })
-            .collect(),
+        outputs: results.iter_mut().map(output).collect(),
         updates: Vec::new(),
         workspace: bytemuck::cast_slice_mut(&mut workspace),
         tier: Tier::Direct,
-    })?;
-    results.iter().zip(outputs).try_for_each(|(result, place)| result.write(memory, place))
+    })
 }
