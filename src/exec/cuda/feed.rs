@@ -73,10 +73,10 @@ impl Feed {
     ) -> Result<()> {
         let slot = &mut self.slots[self.next];
         driver.finish(&slot.done)?;
-        if !slot.staging.contains_key(&value) {
-            slot.staging.insert(value, driver.pinned(capacity)?);
-        }
-        let Some(pinned) = slot.staging.get_mut(&value) else { return Ok(()) };
+        let pinned = match slot.staging.entry(value) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(driver.pinned(capacity)?),
+        };
         pinned.bytes_mut()[..bytes.len()].copy_from_slice(bytes);
         slot.staged = true;
         upload(driver, to, &pinned.bytes()[..bytes.len()])
