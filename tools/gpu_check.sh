@@ -206,7 +206,7 @@ check version 20 "$engine" --version
 if [ "$torch_device" = cuda ]; then
     check device 20 nvidia-smi
     check devices 60 "$engine" devices
-    check devices-describe 60 "$engine" devices --describe
+    check devices-describe 60 "$engine" devices --describe device.json
 fi
 if has_part check; then check_results; fi
 if has_part train && [ "$full" = 0 ]; then train_network; fi

@@ -1,6 +1,7 @@
 //! What a step is given and what it gives back, without waiting: inputs of the next step travel beside the kernels of this
 //! one, and values of a step are fetched while the next one runs.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 
 use crate::backend::cuda::{DevicePtr, Driver, Event, Pinned, Stream};
