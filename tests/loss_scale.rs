@@ -230,7 +230,7 @@ fn what_no_scale_fits_is_refused() {
         let op = LossScaleUpdate { scaling: LossScaling::default() };
         simsiam_engine::graph::Op::infer(&op, tensors).map_err(|e| e.to_string())
     };
-    assert_eq!(infer(&[&scalar, &gradient, &scalar, &counter]).unwrap(), [scalar.clone()]);
+    assert_eq!(infer(&[&scalar, &gradient, &scalar, &counter]).unwrap(), std::slice::from_ref(&scalar));
     let narrow = TensorDesc::new([7], DType::F16);
     let message = infer(&[&scalar, &narrow, &scalar, &counter]).unwrap_err();
     assert!(message.contains("element type of a gradient: expected f32, got f16"), "{message}");

@@ -133,8 +133,11 @@ has_part() {
 
 check_results() {
     check selftest 120 "$engine" selftest --device "$device"
-    # Steps under graph replay against the same steps launched node by node, bit for bit.
-    check replay 90 "$engine" selftest --device "$device" --replay
+    if [ "$torch_device" = cuda ]; then
+        # Steps under graph replay against the same steps launched node by node, bit for bit; then node by node against the CPU.
+        check replay 90 "$engine" selftest --device "$device" --replay
+        check lockstep 90 "$engine" selftest --device "$device" --lockstep
+    fi
     local tool tools_of_sanitizer=(memcheck)
     [ "$full" = 0 ] || tools_of_sanitizer+=(racecheck synccheck)
     for tool in "${tools_of_sanitizer[@]}"; do
@@ -199,10 +202,12 @@ train_network() {
         --device "$device" --dtype "$dtype" --workers $(($(nproc) / 2 + 1)) "${knn[@]}"
 }
 
-[ "$torch_device" = cpu ] || check device 20 nvidia-smi
 check version 20 "$engine" --version
-check devices 60 "$engine" devices
-[ "$torch_device" = cpu ] || check devices-describe 60 "$engine" devices --describe
+if [ "$torch_device" = cuda ]; then
+    check device 20 nvidia-smi
+    check devices 60 "$engine" devices
+    check devices-describe 60 "$engine" devices --describe device.json
+fi
 if has_part check; then check_results; fi
 if has_part train && [ "$full" = 0 ]; then train_network; fi
 if has_part bench; then measure_speed; fi

@@ -1,6 +1,7 @@
 //! What a step is given and what it gives back, without waiting: inputs of the next step travel beside the kernels of this
 //! one, and values of a step are fetched while the next one runs.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 
 use crate::backend::cuda::{DevicePtr, Driver, Event, Pinned, Stream};
@@ -73,10 +74,10 @@ impl Feed {
     ) -> Result<()> {
         let slot = &mut self.slots[self.next];
         driver.finish(&slot.done)?;
-        if !slot.staging.contains_key(&value) {
-            slot.staging.insert(value, driver.pinned(capacity)?);
-        }
-        let Some(pinned) = slot.staging.get_mut(&value) else { return Ok(()) };
+        let pinned = match slot.staging.entry(value) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(driver.pinned(capacity)?),
+        };
         pinned.bytes_mut()[..bytes.len()].copy_from_slice(bytes);
         slot.staged = true;
         upload(driver, to, &pinned.bytes()[..bytes.len()])
