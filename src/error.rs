@@ -70,10 +70,7 @@ pub enum Error {
         checkpoint: String,
     },
     /// A plan does not fit into a device's memory.
-    #[error(
-        "out of memory: the plan needs {:.2} GB, {device} has {:.2} GB free{}",
-        *needed as f64 / 1e9, *free as f64 / 1e9, hinted(.hint)
-    )]
+    #[error("out of memory: the plan needs {}, {device} has {} free{}", size(*.needed), size(*.free), hinted(.hint))]
     OutOfMemory {
         /// The device's name.
         device: String,
@@ -107,6 +104,14 @@ pub enum Error {
 
 fn at_byte(offset: Option<u64>) -> String {
     offset.map_or(String::new(), |o| format!(", byte {o}"))
+}
+
+/// Bytes as people read them.
+fn size(bytes: usize) -> String {
+    match bytes {
+        0..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
+        _ => format!("{:.2} GB", bytes as f64 / 1e9),
+    }
 }
 
 fn hinted(hint: &Option<String>) -> String {

@@ -43,13 +43,13 @@ shift 3
 [ -f "$engine" ] && [ -x "$engine" ] || die "$engine is no program; hint: cargo build --release"
 mkdir -p "$(dirname "$out")"
 # Few steps: every one of them looks like the others.
-bench=("$engine" bench step --device cuda --nvtx --warmup 5 --steps 3 --rounds 1)
+bench=("$engine" bench step --device cuda --warmup 5 --steps 3 --rounds 1)
 
 case $mode in
     nsys)
         nsys=$(program NSYS nsys "Nsight Systems (nsight-systems-cli)")
         "$nsys" profile --force-overwrite true --output "$out" --trace cuda,nvtx,cublas,cudnn --cuda-graph-trace node \
-            --sample none --cpuctxsw none "${bench[@]}" "$@"
+            --sample none --cpuctxsw none "${bench[@]}" --nvtx "$@"
         "$nsys" stats --force-export true --report cuda_gpu_kern_sum --report cuda_gpu_mem_time_sum --report nvtx_gpu_proj_sum \
             "$out.nsys-rep" >"$out.txt"
         echo "wrote $out.nsys-rep (open it with nsys-ui) and $out.txt"
@@ -59,7 +59,7 @@ case $mode in
         kernel=$1
         shift
         ncu=$(program NCU ncu "Nsight Compute (nsight-compute)")
-        "$ncu" --force-overwrite --export "$out" --set full --nvtx --kernel-name "regex:$kernel" \
+        "$ncu" --force-overwrite --export "$out" --set full --kernel-name "regex:$kernel" \
             --launch-skip "${SKIP:-0}" --launch-count "${LAUNCHES:-4}" "${bench[@]}" --no-graph "$@" ||
             die "ncu failed; hint: where it says ERR_NVGPUCTRPERM, counters are for root alone: run it as root, or set NVreg_RestrictProfilingToAdminUsers=0"
         [ -e "$out.ncu-rep" ] || die "no kernel matched $kernel; hint: \`$engine kernels\` lists the engine's own"

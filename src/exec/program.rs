@@ -1,6 +1,7 @@
 //! What every executor holds: a tape, and where its values lie.
 
 use crate::backend::cpu::arena::Slot;
+use crate::backend::cuda::library::Work;
 use crate::error::{Error, Result};
 use crate::graph::plan::{Buffer, Target};
 use crate::graph::{Phase, Plan, Role, Tape, ValueId};
@@ -34,6 +35,13 @@ impl Program {
     pub fn nodes_of(&self, phase: Phase) -> Vec<usize> {
         let nodes = self.tape.nodes().iter().enumerate();
         nodes.filter(|(_, node)| node.phase == phase).map(|(index, _)| index).collect()
+    }
+
+    /// What a library is asked for in place of a node's kernel on a CUDA device, if one is.
+    pub fn library_work(&self, index: usize) -> Option<Work> {
+        let node = &self.tape.nodes()[index];
+        let inputs: Vec<&TensorDesc> = node.inputs.iter().map(|&value| self.tape.desc(value)).collect();
+        node.op.library_work(&inputs)
     }
 
     /// Where a persistent value of `bytes` bytes is written.

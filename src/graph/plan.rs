@@ -107,7 +107,7 @@ impl Plan {
     pub fn guarded(tape: &Tape, target: Target, guard: usize) -> Result<Plan> {
         let mut buffers = lifetimes(tape)?;
         let modes = write_modes(tape);
-        let workspaces = add_workspaces(tape, target, &modes, &mut buffers);
+        let workspaces = add_workspaces(tape, target, &mut buffers);
         if guard > 0 {
             buffers.iter_mut().for_each(|b| (b.first, b.last) = (0, tape.nodes().len()));
         }
@@ -181,14 +181,13 @@ fn write_modes(tape: &Tape) -> Vec<Vec<WriteMode>> {
 }
 
 /// Appends a buffer for each node's workspace; returns their positions.
-fn add_workspaces(tape: &Tape, target: Target, modes: &[Vec<WriteMode>], buffers: &mut Vec<Buffer>) -> Vec<usize> {
+fn add_workspaces(tape: &Tape, target: Target, buffers: &mut Vec<Buffer>) -> Vec<usize> {
     let first = buffers.len();
     for (index, node) in tape.nodes().iter().enumerate() {
         let descs: Vec<&TensorDesc> = node.inputs.iter().map(|&i| tape.desc(i)).collect();
-        let accumulate = modes[index].contains(&WriteMode::Accumulate);
         let bytes = match (target, node.op.library_work(&descs)) {
             (Target::Cpu, _) => node.op.workspace(&descs),
-            (Target::Cuda, Some(work)) => work.workspace(accumulate),
+            (Target::Cuda, Some(work)) => work.workspace(),
             (Target::Cuda, None) => node.op.cuda_workspace(&descs),
         };
         let slot = Slot { offset: 0, bytes };

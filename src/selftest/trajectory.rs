@@ -9,11 +9,11 @@ use crate::graph::plan::Target;
 use crate::nn::ParamInfo;
 use crate::nn::heads::{HeadNorm, Heads, OutBias, PredictorKind};
 use crate::nn::resnet::{Block, ResNet, Stem};
-use crate::nn::simsiam::{SimSiam, StepShape, TrainGraph, ViewSource};
+use crate::nn::simsiam::{LOSS_SCALE, SimSiam, StepShape, TrainGraph, ViewSource};
 use crate::ops::sgd::StepParam;
 use crate::ops::similarity::Kind;
 use crate::tensor::{DType, HostTensor};
-use crate::train::state::{read_params, to_torch, write_params};
+use crate::train::state::{read_params, to_torch, write_initial, write_params};
 
 /// Replays a file in each of `dtypes` that PyTorch's own error is known for; returns what was compared and the worst error.
 pub(super) fn replay(golden: &Golden, device: &Device, dtypes: &[DType]) -> Result<(String, Worst)> {
@@ -56,6 +56,9 @@ pub(super) fn start(golden: &Golden, device: &Device, target: Target, dtype: DTy
     let TrainGraph { tape, views, step_params, loss, z_std, params, gradients, .. } =
         model(golden)?.record_step(&shape)?;
     let mut exec = device.executor_with(tape, options)?;
+    // What only float16 has is in no file.
+    let (scaling, params): (Vec<_>, Vec<_>) = params.into_iter().partition(|p| p.name.starts_with(LOSS_SCALE));
+    write_initial(&mut *exec, &scaling, 0)?;
     write_params(&mut *exec, &params, |name, _| golden.tensor(&format!("init/{name}")).cloned())?;
     exec.write(step_params, bytemuck::cast_slice(&hyper_parameters(golden)?))?;
     Ok(Start { exec, views, loss, z_std, params, gradients })

@@ -66,6 +66,7 @@ pub fn in_child(name: &str, words: &str) -> bool {
 }
 
 /// Tests that run with the driver, each in a process of its own: `fn name("words of FAKE_CUDA") { ... }`.
+#[allow(unused_macros)] // each test binary uses its own part
 macro_rules! under_fake_cuda {
     ($($(#[$attribute:meta])* fn $name:ident($words:expr) $body:block)*) => {
         $($(#[$attribute])* #[test] fn $name() {
@@ -73,4 +74,5 @@ macro_rules! under_fake_cuda {
         })*
     };
 }
+#[allow(unused_imports)]
 pub(crate) use under_fake_cuda;

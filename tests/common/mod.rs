@@ -1,5 +1,5 @@
 //! What the tests of the binary share.
-#![allow(dead_code)] // each test binary uses its own part
+#![allow(dead_code, unused_imports, unused_macros)] // each test binary uses its own part
 
 #[cfg(feature = "emulator")]
 pub mod fake_cuda;

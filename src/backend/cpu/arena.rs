@@ -5,8 +5,9 @@ use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
 
-/// Alignment of every slot in bytes: a cache line, and a full AVX-512 register.
-pub const ALIGNMENT: usize = 64;
+/// Alignment of every slot in bytes: a multiple of a cache line and of an AVX-512 register, and what cuBLAS wants of its
+/// workspace.
+pub const ALIGNMENT: usize = 256;
 
 /// A range of the arena.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

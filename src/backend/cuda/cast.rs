@@ -45,3 +45,57 @@ pub unsafe fn widen(
     // SAFETY: as in `narrow`.
     unsafe { driver.launch(Grid::packs(n, from), call) }
 }
+
+#[cfg(all(test, feature = "emulator"))]
+mod tests {
+    use half::{bf16, f16};
+
+    use super::super::Emulator;
+    use super::super::emulator::Options;
+    use super::*;
+
+    /// Odd, so that packs and single elements are both there; more than one block has.
+    const N: usize = 2_061;
+
+    fn numbers(scale: f32) -> Vec<f32> {
+        (0..N).map(|i| scale * ((i * 37 % 101) as f32 - 50.3)).collect()
+    }
+
+    fn rounded(x: f32, dtype: DType) -> (u16, f32) {
+        match dtype {
+            DType::Bf16 => (bf16::from_f32(x).to_bits(), bf16::from_f32(x).to_f32()),
+            _ => (f16::from_f32(x).to_bits(), f16::from_f32(x).to_f32()),
+        }
+    }
+
+    #[test]
+    fn float32_is_rounded_and_comes_back_overwriting_or_added() {
+        let device = Emulator::new(Options { threads: 2, seed: 3 }).unwrap();
+        let upload = |values: &[f32]| {
+            let to = device.allocate(N * 4).unwrap();
+            device.upload(to, bytemuck::cast_slice(values)).unwrap();
+            to
+        };
+        let download = |from, bytes: usize| {
+            let mut out = vec![0; bytes];
+            device.download(from, &mut out).unwrap();
+            out
+        };
+        for dtype in [DType::Bf16, DType::F16] {
+            let (values, old) = (numbers(0.37), numbers(-1.9));
+            let (x, narrowed, y) = (upload(&values), upload(&old), upload(&old));
+            // SAFETY: all three have room for `N` float32.
+            unsafe { narrow(&device, dtype, x, narrowed, N) }.unwrap();
+            let bits: Vec<u16> = bytemuck::pod_collect_to_vec(&download(narrowed, N * 2));
+            let expected: Vec<(u16, f32)> = values.iter().map(|&v| rounded(v, dtype)).collect();
+            assert!(bits.iter().eq(expected.iter().map(|(bits, _)| bits)), "{dtype}");
+            for accumulate in [true, false] {
+                // SAFETY: as above.
+                unsafe { widen(&device, dtype, narrowed, y, N, accumulate) }.unwrap();
+                let got: Vec<f32> = bytemuck::pod_collect_to_vec(&download(y, N * 4));
+                let expected = expected.iter().zip(&old).map(|((_, v), old)| if accumulate { v + old } else { *v });
+                assert!(got.into_iter().eq(expected), "{dtype}, accumulate: {accumulate}");
+            }
+        }
+    }
+}

@@ -94,7 +94,7 @@ fn answer(op: &dyn Op, inputs: &[Place], outputs: &[Place], memory: &dyn HostVie
     let descs: Vec<&TensorDesc> = inputs.iter().map(|place| &place.desc).collect();
     let accumulate = outputs.iter().any(|place| place.accumulate);
     // What a device converts on the way, see `Work::staging`: there too the result, or the bias, is in 16 bits for a while.
-    let work = op.library_work(&descs).filter(|work| work.staging(accumulate) > 0);
+    let work = op.library_work(&descs).filter(|work| work.staging() > 0);
     let staged = match work {
         Some(Work::Convolution(convolution)) => Some(convolution.dtype),
         Some(Work::Product(product)) => {

@@ -7,8 +7,8 @@ use crate::backend::cuda::{DevicePtr, DeviceTensor, Driver, random};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, TensorDesc};
 
-/// Bytes that stay free beside the arena: a captured graph, handles and run-time kernels of the libraries.
-const FOR_LIBRARIES: usize = 256 << 20;
+/// Bytes that stay free beside the arena: captured graphs, and the libraries' kernels, which are loaded when they first run.
+const FOR_LIBRARIES: usize = 768 << 20;
 /// Bytes that random words are written to at once: their number has 32 bits.
 const RANDOM_AT_ONCE: usize = 1 << 30;
 

@@ -10,14 +10,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::backend::cpu::arena::Slot;
-use crate::backend::cuda::library::{Choice, Prepared};
+use crate::backend::cuda::library::{Choice, Prepared, Work};
 use crate::backend::cuda::{CudaIo, DeviceOutput, DevicePtr, DeviceTensor, Driver, Nvtx, Stream, check, nvtx};
 use crate::error::{Error, Result};
 use crate::exec::Executor;
 use crate::exec::program::{POISON, Program};
 use crate::graph::plan::Target;
 use crate::graph::{Node, Phase, Plan, Role, Tape, ValueId, WriteMode};
-use crate::tensor::{DType, HostTensor, TensorDesc};
+use crate::tensor::{DType, HostTensor};
 
 use capture::{Capture, Mode, SLOTS};
 use feed::{Feed, Watched};
@@ -80,24 +80,25 @@ impl CudaExecutor {
 
     fn prepare(program: Program, driver: Arc<dyn Driver>, options: Options, fill: u8) -> Result<CudaExecutor> {
         let nvtx = options.nvtx.then(Nvtx::load).transpose()?;
+        let works: Vec<_> = (0..program.tape.nodes().len()).map(|index| program.library_work(index)).collect();
+        if works.iter().any(Option::is_some) {
+            // They take memory for themselves, before it is looked how much there is.
+            driver.libraries()?;
+        }
         let arena = Arena::new(driver, program.plan.memory.total)?;
         let (feed, capture) = (Feed::new(arena.driver())?, Capture::default());
         let mut executor = CudaExecutor { program, options, nvtx, prepared: Vec::new(), capture, feed, arena };
-        executor.prepared = executor.choose_algorithms()?;
+        executor.prepared = executor.choose_algorithms(&works)?;
         executor.arena.fill(fill)?;
         Ok(executor)
     }
 
     /// Lets the libraries choose, each for its own node: they time candidates where these will run.
     #[allow(unsafe_code)] // hands the nodes' memory to the libraries
-    fn choose_algorithms(&self) -> Result<Vec<Option<Box<dyn Prepared>>>> {
-        let nodes = self.program.tape.nodes();
-        let works: Vec<_> = nodes.iter().map(|node| node.op.library_work(&self.input_descs(node))).collect();
+    fn choose_algorithms(&self, works: &[Option<Work>]) -> Result<Vec<Option<Box<dyn Prepared>>>> {
         let driver = self.arena.driver();
-        if driver.emulated() || works.iter().all(Option::is_none) {
-            return Ok(nodes.iter().map(|_| None).collect());
-        }
-        let Some(libraries) = driver.libraries()? else { return Ok(nodes.iter().map(|_| None).collect()) };
+        let libraries = if works.iter().any(Option::is_some) { driver.libraries()? } else { None };
+        let Some(libraries) = libraries else { return Ok(works.iter().map(|_| None).collect()) };
         self.arena.fill_with_noise()?;
         let prepare = |(index, work): (usize, &Option<_>)| {
             let Some(work) = work else { return Ok(None) };
@@ -109,10 +110,6 @@ impl CudaExecutor {
         let prepared = works.iter().enumerate().map(prepare).collect::<Result<_>>()?;
         libraries.remember();
         Ok(prepared)
-    }
-
-    fn input_descs(&self, node: &Node) -> Vec<&TensorDesc> {
-        node.inputs.iter().map(|&value| self.program.tape.desc(value)).collect()
     }
 
     /// What a node works on in the step that reads copy `slot` of the inputs.
@@ -143,7 +140,7 @@ impl CudaExecutor {
         match &self.prepared[index] {
             // SAFETY: as when it was prepared: the places of the node's tensors, of which only an input's copy may differ.
             Some(prepared) => unsafe { prepared.run(io.driver, &library::operands(&io)) },
-            None if node.op.library_work(&self.input_descs(node)).is_some() => library::answer_on_host(&node.op, &io),
+            None if self.program.library_work(index).is_some() => library::answer_on_host(&node.op, &io),
             None => node.op.cuda(&io),
         }
     }

@@ -230,6 +230,8 @@ impl Described {
         described.set(library, MATMUL_DESC_TRANSB, &transposed(matrices[1]))?;
         if product.bias {
             described.set(library, MATMUL_DESC_EPILOGUE, &EPILOGUE_BIAS)?;
+            // An address that is aligned as the bias will be: heuristics look at it, a run sets the real one.
+            described.set(library, MATMUL_DESC_BIAS_POINTER, &u64::from(ALIGNMENT))?;
         }
         Ok(described)
     }

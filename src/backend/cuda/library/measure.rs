@@ -95,7 +95,7 @@ impl CudaLibraries {
         choice: Choice,
         workspace: usize,
     ) -> Result<Vec<Measured>> {
-        let staging = Work::Convolution(*convolution).staging(false);
+        let staging = Work::Convolution(*convolution).staging();
         let memory = Memory::new(driver, convolution, workspace.max(SCRATCH) + staging)?;
         self.bind()?;
         let direction = convolution.direction;

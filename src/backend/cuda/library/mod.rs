@@ -146,14 +146,14 @@ impl Work {
         }
     }
 
-    /// Bytes of workspace: [`SCRATCH`], and where a result has to be made elsewhere first, room for it after that.
-    pub fn workspace(&self, accumulate: bool) -> usize {
-        SCRATCH + self.staging(accumulate)
+    /// Bytes of workspace: [`SCRATCH`], and after it room for what has to be converted.
+    pub fn workspace(&self) -> usize {
+        SCRATCH + self.staging()
     }
 
     /// Bytes of what has to be converted before or after, at [`SCRATCH`] in the workspace: weight gradients of 16-bit tensors,
     /// which no engine of cuDNN's widens; the bias of a 16-bit result, which cuBLASLt takes in that type alone.
-    pub fn staging(&self, _accumulate: bool) -> usize {
+    pub fn staging(&self) -> usize {
         match self {
             Work::Convolution(c) if c.direction == Direction::WeightGradient && c.dtype != DType::F32 => {
                 c.w_len() * c.dtype.size()

@@ -1,7 +1,7 @@
 //! Engines for an operation graph: which may be taken, and how one runs.
 #![allow(unsafe_code)] // runs plans
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{Error, Result};
 
@@ -46,6 +46,8 @@ pub struct Engine {
 #[derive(Debug)]
 pub struct Plan {
     descriptor: Descriptor,
+    /// The pointers that it ran on last: most plans run on the same ones again and again.
+    packed: Mutex<Option<Packed>>,
     target: Target,
     /// The engine and its settings.
     pub engine: Engine,
@@ -55,6 +57,14 @@ pub struct Plan {
     pub tensor_cores: bool,
     /// Whether its kernel was compiled just now.
     pub compiled: bool,
+}
+
+/// Pointers as cuDNN takes them.
+#[derive(Debug)]
+struct Packed {
+    tensors: Vec<(Tensor, DevicePtr)>,
+    workspace: DevicePtr,
+    pack: Descriptor,
 }
 
 /// An engine that the heuristics name.
@@ -169,6 +179,7 @@ impl Graph {
         Ok(Plan {
             workspace: usize::try_from(workspace).unwrap_or(usize::MAX),
             descriptor: plan,
+            packed: Mutex::default(),
             target: self.target.clone(),
             engine: candidate.engine.clone(),
             tensor_cores: candidate.tensor_cores(),
@@ -191,18 +202,28 @@ impl Plan {
             let message = "a plan for a described device was to be run".into();
             return Err(Error::Internal { thread: "cuDNN".into(), message });
         };
+        let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
+        packed.take_if(|old| old.tensors != tensors || old.workspace != workspace);
+        let pack = match &mut *packed {
+            Some(packed) => packed,
+            none => none.insert(self.pack(tensors, workspace)?),
+        };
+        let cudnn = self.descriptor.cudnn();
+        let handle = handle.raw();
+        // SAFETY: handle, plan and pack are alive and finished; the memory is the caller's promise.
+        let status = unsafe { (cudnn.functions.cudnnBackendExecute)(*handle, self.descriptor.raw(), pack.pack.raw()) };
+        cudnn.check(status, &format!("run engine {}", self.engine.index))
+    }
+
+    fn pack(&self, tensors: &[(Tensor, DevicePtr)], workspace: DevicePtr) -> Result<Packed> {
         let pointer = |memory: DevicePtr| memory.0 as Opaque;
         let pointers: Vec<Opaque> = tensors.iter().map(|(_, memory)| pointer(*memory)).collect();
         let names: Vec<i64> = tensors.iter().map(|(tensor, _)| *tensor as i64).collect();
-        let cudnn = self.descriptor.cudnn();
-        let pack = Descriptor::new(cudnn, descriptor::VARIANT_PACK)?
+        let pack = Descriptor::new(self.descriptor.cudnn(), descriptor::VARIANT_PACK)?
             .pointers(attribute::VARIANT_PACK_DATA_POINTERS, kind::VOID_PTR, &pointers)?
             .set(attribute::VARIANT_PACK_UNIQUE_IDS, kind::INT64, &names)?
             .pointers(attribute::VARIANT_PACK_WORKSPACE, kind::VOID_PTR, &[pointer(workspace)])?
             .finish("pack pointers")?;
-        let handle = handle.raw();
-        // SAFETY: handle, plan and pack are alive and finished; the memory is the caller's promise.
-        let status = unsafe { (cudnn.functions.cudnnBackendExecute)(*handle, self.descriptor.raw(), pack.raw()) };
-        cudnn.check(status, &format!("run engine {}", self.engine.index))
+        Ok(Packed { tensors: tensors.to_vec(), workspace, pack })
     }
 }
