@@ -39,7 +39,9 @@ SMALL = {
     "bottleneck-imagenet-3layer": (
         Backbone("custom", "bottleneck", (1, 1, 1, 1), 5, "imagenet"),
         Recipe(image_size=20, batch=6, steps=3, dim=64, pred_dim=16, projector_layers=3, predictor_lr=0.005),
-        dict(seed=13, frozen_bias=True, hidden=24),
+        # Seeds where PyTorch's bfloat16 run is by chance right about an early loss leave no room for any other (13: 4e-4 off in
+        # step 1, 7e-3 in step 2): tolerances are multiples of that error.
+        dict(seed=15, frozen_bias=True, hidden=24),
     ),
     "bottleneck-cifar-2layer": (
         Backbone("custom", "bottleneck", (2, 1, 1), 8, "cifar"),
