@@ -157,9 +157,11 @@ fn faults_are_one_line_with_what_where_and_hint() {
         ("plan --projector-layers 5", "--projector-layers: expected 2 or 3, got 5"),
         ("plan --threads 0", "--threads: must be at least 1"),
         (
-            "train x --run /nowhere/run --device cuda",
-            "--device: this build trains on the CPU only; hint: use --device cpu; selftest runs the kernels",
+            "train x --run /nowhere/run --device cpu --dtype bf16",
+            "--dtype bf16: the CPU does not train in it; hint: use --dtype f32",
         ),
+        ("plan --device auto", "--device: expected cpu or cuda, got auto: a plan opens no device"),
+        ("selftest --replay 3", "--replay: expected --device cuda or cuda-emulated: the CPU replays no graph"),
         ("selftest --dtype bf16", "--dtype bf16: not computed on this device; hint: use one of f64, f32"),
         ("selftest --golden /nowhere", "cannot list /nowhere: No such file or directory (os error 2)"),
         ("export /nowhere /nowhere/out", "/nowhere/out: there is no folder /nowhere"),

@@ -164,13 +164,13 @@ impl Precision {
     /// # Errors
     /// [`Error::Unsupported`] with what it does train in.
     pub fn check_trainable_on(self, device: &Device) -> Result<()> {
-        let hint = match (device, self) {
+        let (name, hint) = match (device, self) {
             (Device::Cpu(_), Precision::F32) => return Ok(()),
-            (Device::Cpu(_), _) => "the CPU trains in f32",
-            (Device::Cuda(_), Precision::F64) => "use bf16, fp16, tf32 or f32",
+            (Device::Cpu(_), _) => ("the CPU", "use --dtype f32"),
+            (Device::Cuda(_), Precision::F64) => ("a CUDA device", "use --dtype bf16, fp16, tf32 or f32"),
             (Device::Cuda(_), _) => return Ok(()),
         };
-        let what = format!("--dtype {self}: {} does not train in it", device.name());
+        let what = format!("--dtype {self}: {name} does not train in it");
         Err(Error::Unsupported { what, hint: Some(hint.into()) })
     }
 

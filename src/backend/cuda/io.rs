@@ -11,7 +11,7 @@ use super::{Call, DevicePtr, Driver, Grid};
 pub struct DeviceTensor<'a> {
     /// Shape and element type.
     pub desc: &'a TensorDesc,
-    /// The elements, at a multiple of 64 bytes.
+    /// The elements, at a multiple of 256 bytes.
     pub ptr: DevicePtr,
 }
 
@@ -20,7 +20,7 @@ pub struct DeviceTensor<'a> {
 pub struct DeviceOutput<'a> {
     /// Shape and element type.
     pub desc: &'a TensorDesc,
-    /// The elements, at a multiple of 64 bytes.
+    /// The elements, at a multiple of 256 bytes.
     pub ptr: DevicePtr,
     /// Whether to add to what is there instead of overwriting it (the planner's choice, see `Op::accumulates`).
     pub accumulate: bool,
@@ -35,7 +35,7 @@ pub struct CudaIo<'a> {
     pub outputs: Vec<DeviceOutput<'a>>,
     /// Tensors changed in place, in the op's order.
     pub updates: Vec<DeviceTensor<'a>>,
-    /// Scratch of the size that the op declared, at a multiple of 64 bytes; content undefined.
+    /// Scratch of the size that the op declared, at a multiple of 256 bytes; content undefined.
     pub workspace: DevicePtr,
     /// Where kernels run.
     pub driver: &'a dyn Driver,
