@@ -108,6 +108,8 @@ fn killed_and_resumed_equals_uninterrupted_in_bf16() {
 fn neither_graph_nor_check_nor_unlucky_order_changes_a_bit() {
     let bench = Bench::new();
     let expected = bench.finish("graph", "--device cuda-emulated --dtype bf16");
+    let scaled = bench.finish("scaled", "--device cuda-emulated --dtype fp16");
+    assert_eq!(bench.finish("scaled check", "--device cuda-emulated --dtype fp16 --check"), scaled);
     for (name, options) in [("eager", "--no-graph"), ("check", "--check"), ("workers", "--workers 2")] {
         let options = format!("--device cuda-emulated --dtype bf16 {options}");
         assert_eq!(bench.finish(name, &options), expected, "{name}");

@@ -109,10 +109,15 @@ impl Executor for CpuExecutor {
         self.after_step()
     }
 
-    fn check_step(&mut self) -> Result<Option<String>> {
+    fn check_step(&mut self, checked: &[Phase]) -> Result<Option<String>> {
         for phase in Phase::ALL {
-            if let Some(node) = self.first_non_finite(phase)? {
-                return Ok(Some(node));
+            match checked.contains(&phase) {
+                false => self.run_phase(phase)?,
+                true => {
+                    if let Some(node) = self.first_non_finite(phase)? {
+                        return Ok(Some(node));
+                    }
+                }
             }
         }
         self.after_step().map(|()| None)

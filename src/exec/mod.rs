@@ -34,11 +34,12 @@ pub trait Executor: Debug + Send {
     /// As [`Executor::run_phase`].
     fn run_step(&mut self) -> Result<()>;
 
-    /// Runs a whole step and looks at the output of every node; stops at the first that is not finite and returns its name.
+    /// Runs a whole step and looks at the output of every node of the phases `checked`; stops at the first that is not finite
+    /// and returns its name.
     ///
     /// # Errors
     /// As [`Executor::run_phase`].
-    fn check_step(&mut self) -> Result<Option<String>>;
+    fn check_step(&mut self, checked: &[Phase]) -> Result<Option<String>>;
 
     /// Runs one node, by its number on the tape.
     ///

@@ -62,6 +62,8 @@ pub struct Trainer {
     momentum: f64,
     weight_decay: f64,
     check: bool,
+    /// The phases that `--check` looks at: a scaled loss is meant to overflow now and then on the way back.
+    checked: &'static [Phase],
     /// Steps whose outcome is known.
     step: u64,
     /// Steps that were started.
@@ -139,7 +141,7 @@ impl Trainer {
         schedule.validate()?;
         config.machine.dtype.check_trainable_on(device)?;
         let (graph, source) = record(config, device, dataset, config.recipe.batch)?;
-        let TrainGraph { tape, step_params, loss, z_std, z, params, momenta, .. } = graph;
+        let TrainGraph { tape, step_params, loss, z_std, z, params, momenta, loss_scale, .. } = graph;
         let mut exec = match device.executor_with(tape, config.machine.options()) {
             Err(Error::OutOfMemory { needed, free, .. }) => {
                 let hint = largest_batch(config, device, dataset, needed, free)?;
@@ -162,6 +164,7 @@ impl Trainer {
             momentum,
             weight_decay,
             check: config.machine.check,
+            checked: if loss_scale.is_some() { &[Phase::Forward] } else { &Phase::ALL },
             step: 0,
             started: 0,
             bad_node: None,
@@ -235,7 +238,7 @@ impl Trainer {
         }
         self.exec.stage(self.step_params, bytemuck::cast_slice(&self.step_parameters()))?;
         match self.check {
-            true => self.bad_node = self.exec.check_step()?,
+            true => self.bad_node = self.exec.check_step(self.checked)?,
             false => self.exec.run_step()?,
         }
         self.started += 1;

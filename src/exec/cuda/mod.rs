@@ -252,12 +252,17 @@ impl Executor for CudaExecutor {
         self.feed.after_step(self.arena.driver())
     }
 
-    fn check_step(&mut self) -> Result<Option<String>> {
+    fn check_step(&mut self, checked: &[Phase]) -> Result<Option<String>> {
         let slot = self.feed.next();
         self.feed.before_step(self.arena.driver())?;
         for phase in Phase::ALL {
-            if let Some(node) = self.first_non_finite_in(phase, slot)? {
-                return Ok(Some(node));
+            match checked.contains(&phase) {
+                false => self.launch_phase(phase, slot)?,
+                true => {
+                    if let Some(node) = self.first_non_finite_in(phase, slot)? {
+                        return Ok(Some(node));
+                    }
+                }
             }
         }
         self.feed.after_step(self.arena.driver())?;
