@@ -67,3 +67,30 @@ fn different_tapes_are_refused() {
     let message = compare(&mut a, &mut b, 1.0).unwrap_err().to_string();
     assert!(message.contains("different tapes"), "{message}");
 }
+
+#[cfg(feature = "emulator")]
+#[test]
+fn nothing_is_allocated_once_both_graphs_are_there() {
+    use std::sync::Arc;
+
+    use simsiam_engine::backend::cuda::emulator::{Emulator, Options};
+    use simsiam_engine::backend::cuda::{DeviceMemory, Driver};
+    use simsiam_engine::exec::Device;
+
+    let device = Arc::new(Emulator::new(Options { threads: 2, seed: 1 }).unwrap().with_memory(1 << 30));
+    let driver: Arc<dyn Driver> = device;
+    let graph = model(1).train_graph(5, 11, DType::Bf16, false).unwrap();
+    let before = driver.memory().unwrap();
+    let mut exec = Device::Cuda(driver.clone()).executor(graph.tape).unwrap();
+    let after: Vec<DeviceMemory> = (0..6)
+        .map(|_| {
+            exec.run_step().unwrap();
+            exec.finish().unwrap();
+            driver.memory().unwrap()
+        })
+        .collect();
+    assert_eq!(before.free - after[0].free, exec.plan().memory.total, "the arena is all that is taken");
+    assert!(after.iter().all(|memory| *memory == after[0]), "{after:?}");
+    drop(exec);
+    assert_eq!(driver.memory().unwrap(), before);
+}

@@ -134,7 +134,7 @@ fn options_that_make_no_sense_are_named() {
         ),
         (
             "--threads 2 bench step --device cpu --dtype bf16",
-            "error: --dtype bf16: the CPU (2 threads) does not train in it; hint: the CPU trains in f32",
+            "error: --dtype bf16: the CPU does not train in it; hint: use --dtype f32",
         ),
         ("profile --peak-tflops 0", "error: --peak-tflops: expected more than 0, got 0"),
         ("bench step --arch custom", "error: --block: expected with --arch custom, got none; hint: e.g. --block basic"),

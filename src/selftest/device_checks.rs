@@ -28,8 +28,9 @@ fn trajectories() -> Result<Vec<Golden>> {
 /// Runs a step of every embedded trajectory on the CPU and on `device` in lockstep, in float32.
 ///
 /// # Errors
-/// Faults of the device.
+/// [`Error::Config`] without a CUDA device; faults of the device.
 pub fn lockstep(device: &Device, mut report: impl FnMut(&Outcome)) -> Result<Vec<Outcome>> {
+    expect_cuda("--lockstep", device)?;
     let mut outcomes = Vec::new();
     for golden in trajectories()? {
         // The CPU runs the device's own tape, padded stem and all.
@@ -63,9 +64,7 @@ pub fn replays(
     steps: usize,
     mut report: impl FnMut(&Outcome),
 ) -> Result<Vec<Outcome>> {
-    if matches!(device, Device::Cpu(_)) {
-        return Err(Error::config("--replay", "expected --device cuda or cuda-emulated: the CPU replays no graph"));
-    }
+    expect_cuda("--replay", device)?;
     let mut outcomes = Vec::new();
     for golden in trajectories()?.iter().take(1) {
         for &dtype in dtypes {
@@ -91,6 +90,13 @@ pub fn replays(
         }
     }
     Ok(outcomes)
+}
+
+fn expect_cuda(option: &str, device: &Device) -> Result<()> {
+    match device {
+        Device::Cuda(_) => Ok(()),
+        Device::Cpu(_) => Err(Error::config(option, "expected --device cuda or cuda-emulated, got the CPU")),
+    }
 }
 
 /// Trains on views of noise, staged as `train` does; returns every loss, and in the end every parameter, state and momentum.
