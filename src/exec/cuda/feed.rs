@@ -34,8 +34,8 @@ pub(super) struct Feed {
 #[derive(Debug)]
 struct Slot {
     staging: HashMap<ValueId, Box<dyn Pinned>>,
-    /// Whether a copy was started since the last step.
-    staged: bool,
+    /// The values whose copies were started since the last step.
+    staged: Vec<ValueId>,
     /// The copies are done.
     copied: Event,
     /// The step is done, and its watched values are there.
@@ -47,7 +47,7 @@ impl Feed {
     pub fn new(driver: &dyn Driver) -> Result<Feed> {
         let slot = || {
             let (copied, done) = (driver.event()?, driver.event()?);
-            Ok(Slot { staging: HashMap::new(), staged: false, copied, done, results: None })
+            Ok(Slot { staging: HashMap::new(), staged: Vec::new(), copied, done, results: None })
         };
         let (uncollected, collected) = (VecDeque::new(), None);
         Ok(Feed { slots: [slot()?, slot()?], next: 0, watched: Vec::new(), uncollected, collected })
@@ -74,21 +74,27 @@ impl Feed {
     ) -> Result<()> {
         let slot = &mut self.slots[self.next];
         driver.finish(&slot.done)?;
+        if slot.staged.contains(&value) {
+            // Its staging memory is still being read.
+            driver.record(&slot.copied, Stream::Copy)?;
+            driver.finish(&slot.copied)?;
+        }
         let pinned = match slot.staging.entry(value) {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => entry.insert(driver.pinned(capacity)?),
         };
         pinned.bytes_mut()[..bytes.len()].copy_from_slice(bytes);
-        slot.staged = true;
+        slot.staged.push(value);
         upload(driver, to, &pinned.bytes()[..bytes.len()])
     }
 
     /// Lets what the compute stream does next wait for the inputs.
     pub fn before_step(&mut self, driver: &dyn Driver) -> Result<()> {
         let slot = &mut self.slots[self.next];
-        if !std::mem::take(&mut slot.staged) {
+        if slot.staged.is_empty() {
             return Ok(());
         }
+        slot.staged.clear();
         driver.record(&slot.copied, Stream::Copy)?;
         driver.wait(Stream::Compute, &slot.copied)
     }
@@ -145,8 +151,8 @@ impl Feed {
 
 #[allow(unsafe_code)] // hands pinned memory to a copy that runs later
 fn upload(driver: &dyn Driver, to: DevicePtr, from: &[u8]) -> Result<()> {
-    // SAFETY: `from` is staging memory of a slot. `stage` waits for the slot's step, which waits for this copy, before it
-    // writes there again; the executor waits for the device before the slot is dropped.
+    // SAFETY: `from` is staging memory of a slot. `stage` waits for the slot's step, which waits for this copy, or for the
+    // copy itself, before it writes there again; the executor waits for the device before the slot is dropped.
     unsafe { driver.upload_later(to, from) }
 }
 
