@@ -52,6 +52,10 @@ pub fn run(args: SelftestArgs) -> Result<()> {
         let what = if args.replay.is_some() || args.lockstep { "runs" } else { "files" };
         return Err(Error::Mismatch(format!("selftest: {n} of {all} {what} failed: {}", failed.join(", "))));
     }
+    if let Some(error) = device.missing_libraries() {
+        let what = format!("selftest: convolutions, products and whole steps were not run: {error}");
+        return Err(Error::Unsupported { what, hint: None });
+    }
     let with = match (args.replay, args.lockstep) {
         (Some(_), _) => "runs are the same launched and replayed",
         (_, true) => "steps agree with the CPU",

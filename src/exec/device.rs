@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::backend::cpu::Tier;
 use crate::backend::cuda::Driver;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::exec::cuda::Options;
 use crate::exec::{CpuExecutor, CudaExecutor, Executor};
 use crate::graph::Tape;
@@ -62,9 +62,14 @@ impl Device {
 
     /// Whether convolutions and matrix products are to be had on it.
     pub fn has_libraries(&self) -> bool {
+        self.missing_libraries().is_none()
+    }
+
+    /// Why they are not.
+    pub fn missing_libraries(&self) -> Option<Error> {
         match self {
-            Device::Cpu(_) => true,
-            Device::Cuda(driver) => driver.emulated() || matches!(driver.libraries(), Ok(Some(_))),
+            Device::Cpu(_) => None,
+            Device::Cuda(driver) => driver.libraries().err(),
         }
     }
 

@@ -17,8 +17,8 @@ use crate::train::state::{read_params, to_torch, write_initial, write_params};
 
 /// Replays a file in each of `dtypes` that PyTorch's own error is known for; returns what was compared and the worst error.
 pub(super) fn replay(golden: &Golden, device: &Device, dtypes: &[DType]) -> Result<(String, Worst)> {
-    if !device.has_libraries() {
-        return Ok(("not run: its convolutions need cuDNN, which this version does not call".into(), Worst::default()));
+    if let Some(error) = device.missing_libraries() {
+        return Ok((format!("not run: {error}"), Worst::default()));
     }
     let (mut worst, mut compared) = (Worst::default(), String::from("no element type in common"));
     let known: Vec<DType> = dtypes.iter().copied().filter(|dtype| matches!(dtype, DType::F32 | DType::Bf16)).collect();
