@@ -7,8 +7,8 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use simsiam_engine::backend::conv::ConvGeometry;
 use simsiam_engine::ops::conv2d::direct;
-use simsiam_engine::ops::conv2d::geometry::ConvGeometry;
 
 fn layer(n: usize, size: usize, channels: [usize; 2], kernel: usize, stride: usize) -> ConvGeometry {
     let [c_in, c_out] = channels;

@@ -181,7 +181,7 @@ fn statistics_come_out_of_the_convolution_in_float16_on_hopper() {
     let Some(cudnn) = cudnn() else { return };
     let target = Target::described(&cudnn, DEVICES[3].1).unwrap();
     let works = convolutions(Arch::Resnet50, (224, Stem::Imagenet), 256, DType::F16);
-    let one = works.iter().find(|one| one.direction == Direction::Forward && one.kernel == [3, 3]).unwrap();
+    let one = works.iter().find(|one| one.direction == Direction::Forward && one.geometry.kernel == [3, 3]).unwrap();
     let graph = Graph::new(&cudnn, &target, one, Epilogue::Statistics).unwrap();
     let plans = graph.plans(limits(one, Choice::default()), 4).unwrap();
     assert!(plans.iter().any(|plan| !plan.compiled), "{plans:?}");

@@ -1,5 +1,6 @@
 //! Fully connected layer and its gradients.
 
+use crate::backend::conv::ConvGeometry;
 use crate::backend::cpu::{CpuIo, Mat, gemm_blocks};
 use crate::backend::cuda::library::{Convolution, Direction, Product, Work};
 use crate::error::{Error, Result};
@@ -147,18 +148,9 @@ impl Op for LinearWgrad {
         let [m, k] = dims("linear_wgrad", "x", inputs[0]).ok()?;
         let [_, n] = dims("linear_wgrad", "d_y", inputs[1]).ok()?;
         // That of a 1x1 convolution over m images of one pixel, whose operands come in this order.
-        Some(Work::Convolution(Convolution {
-            direction: Direction::WeightGradient,
-            n: m,
-            h: 1,
-            w: 1,
-            c_in: k,
-            c_out: n,
-            kernel: [1, 1],
-            stride: [1, 1],
-            padding: [0, 0],
-            dtype: inputs[0].dtype,
-        }))
+        let (kernel, stride, padding) = ([1, 1], [1, 1], [0, 0]);
+        let geometry = ConvGeometry { n: m, h: 1, w: 1, c_in: k, c_out: n, kernel, stride, padding };
+        Some(Work::Convolution(Convolution { direction: Direction::WeightGradient, geometry, dtype: inputs[0].dtype }))
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {

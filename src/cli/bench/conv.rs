@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 
+use crate::backend::conv::ConvGeometry;
 use crate::backend::cuda::library::{Choice, Convolution, Measured, Work};
 use crate::backend::cuda::{CudaDevice, Driver};
 use crate::cli::model_args::ModelArgs;
@@ -102,13 +103,9 @@ fn named(tape: &Tape) -> impl Iterator<Item = (String, Convolution)> {
     })
 }
 
-fn flops(c: &Convolution) -> f64 {
-    2.0 * (c.n * c.oh() * c.ow()) as f64 * c.w_len() as f64
-}
-
 fn write_table(out: &mut dyn Write, nodes: &[String], c: &Convolution, measured: &[Measured]) -> io::Result<()> {
-    let [kh, kw] = c.kernel;
-    let Convolution { direction, n, h, w, c_in, c_out, stride, .. } = c;
+    let Convolution { direction, geometry, .. } = c;
+    let ConvGeometry { n, h, w, c_in, c_out, kernel: [kh, kw], stride, .. } = geometry;
     let more = if nodes.len() > 1 { format!(" and {} more", nodes.len() - 1) } else { String::new() };
     writeln!(
         out,
@@ -119,7 +116,7 @@ fn write_table(out: &mut dyn Write, nodes: &[String], c: &Convolution, measured:
         write!(out, "  {what:<27} {algorithm:<28} {:>9.1} MiB ", *workspace as f64 / f64::from(1 << 20))?;
         match time {
             Ok(time) => {
-                let (us, rate) = (time.as_secs_f64() * 1e6, flops(c) / time.as_secs_f64() / 1e12);
+                let (us, rate) = (time.as_secs_f64() * 1e6, c.geometry.flops() as f64 / time.as_secs_f64() / 1e12);
                 writeln!(out, "{us:>10.1} us {rate:>8.1} TFLOP/s")?;
             }
             Err(error) => writeln!(out, "{error}")?,

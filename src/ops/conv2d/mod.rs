@@ -1,17 +1,15 @@
 //! 2-D convolution over NHWC, weights `[c_out][kh][kw][c_in]`, and its two gradients.
 
 pub mod direct;
-pub mod geometry;
 pub mod reference;
 
+use crate::backend::conv::ConvGeometry;
 use crate::backend::cpu::{CpuIo, Real, Tier};
 use crate::backend::cuda::library::{Convolution, Direction, Work};
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
 use crate::graph::{GradBuilder, Op};
 use crate::tensor::{DType, TensorDesc};
-
-use geometry::ConvGeometry;
 
 /// `y = conv(x, w)`; x: `[n][h][w][c_in]`, w: `[c_out][kh][kw][c_in]`, y: `[n][oh][ow][c_out]`. No bias: a batch norm follows.
 #[derive(Debug, Clone, Copy)]
@@ -65,7 +63,8 @@ impl Op for Conv2d {
     }
 
     fn library_work(&self, inputs: &[&TensorDesc]) -> Option<Work> {
-        Some(work(Direction::Forward, &self.geometry(inputs[0], inputs[1]).ok()?, inputs[0].dtype))
+        let geometry = self.geometry(inputs[0], inputs[1]).ok()?;
+        Some(Work::Convolution(Convolution { direction: Direction::Forward, geometry, dtype: inputs[0].dtype }))
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
@@ -121,7 +120,8 @@ impl Op for Conv2dDgrad {
     }
 
     fn library_work(&self, inputs: &[&TensorDesc]) -> Option<Work> {
-        Some(work(Direction::DataGradient, &self.geometry(inputs[0], inputs[1]).ok()?, inputs[0].dtype))
+        let geometry = self.geometry(inputs[0], inputs[1]).ok()?;
+        Some(Work::Convolution(Convolution { direction: Direction::DataGradient, geometry, dtype: inputs[0].dtype }))
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
@@ -189,7 +189,8 @@ impl Op for Conv2dWgrad {
     }
 
     fn library_work(&self, inputs: &[&TensorDesc]) -> Option<Work> {
-        Some(work(Direction::WeightGradient, &self.geometry(inputs[0], inputs[1]).ok()?, inputs[0].dtype))
+        let geometry = self.geometry(inputs[0], inputs[1]).ok()?;
+        Some(Work::Convolution(Convolution { direction: Direction::WeightGradient, geometry, dtype: inputs[0].dtype }))
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
@@ -210,12 +211,6 @@ impl Op for Conv2dWgrad {
     fn flops(&self, inputs: &[&TensorDesc]) -> u64 {
         self.geometry(inputs[0], inputs[1]).map_or(0, |g| g.flops())
     }
-}
-
-/// What cuDNN is asked for.
-fn work(direction: Direction, g: &ConvGeometry, dtype: DType) -> Work {
-    let ConvGeometry { n, h, w, c_in, c_out, kernel, stride, padding } = *g;
-    Work::Convolution(Convolution { direction, n, h, w, c_in, c_out, kernel, stride, padding, dtype })
 }
 
 /// Weight gradients are never shorter than float32.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::geometry::ConvGeometry;
+use crate::backend::conv::ConvGeometry;
 use crate::backend::cpu::Real;
 
 /// y = x * w.

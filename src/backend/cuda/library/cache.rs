@@ -185,6 +185,7 @@ mod hex {
 mod tests {
     use super::super::{Convolution, Direction, Product};
     use super::*;
+    use crate::backend::conv::ConvGeometry;
     use crate::tensor::DType;
 
     fn machine() -> Machine {
@@ -206,8 +207,8 @@ mod tests {
     fn convolution() -> Key {
         let (direction, dtype) = (Direction::WeightGradient, DType::F16);
         let (kernel, stride, padding) = ([7, 7], [2, 2], [3, 3]);
-        let convolution =
-            Convolution { direction, n: 3, h: 5, w: 6, c_in: 8, c_out: 64, kernel, stride, padding, dtype };
+        let geometry = ConvGeometry { n: 3, h: 5, w: 6, c_in: 8, c_out: 64, kernel, stride, padding };
+        let convolution = Convolution { direction, geometry, dtype };
         Key { work: Work::Convolution(convolution), accumulate: false, choice: Choice::default() }
     }
 

@@ -317,7 +317,7 @@ impl Chosen {
         // SAFETY: the operands are the caller's promise, the context is bound, and the plan keeps to `SCRATCH`.
         unsafe { plan.run(&tensors, operands.workspace) }?;
         if staged {
-            let (dtype, len) = (convolution.dtype, convolution.w_len());
+            let (dtype, len) = (convolution.dtype, convolution.geometry.w_len());
             // SAFETY: the workspace has room for d_w at `SCRATCH`, and the result is d_w in float32.
             unsafe { cast::widen(driver, dtype, staging, operands.out, len, operands.accumulate) }?;
         }

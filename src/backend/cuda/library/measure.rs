@@ -49,15 +49,15 @@ impl<'a> Memory<'a> {
             random::fill(driver, DeviceTensor { desc, ptr }, 0, 0, 0)?;
             Ok(ptr)
         };
-        let (x, y) = (c.n * c.h * c.w * c.c_in, c.n * c.oh() * c.ow() * c.c_out);
+        let (x, y) = (c.geometry.x_len(), c.geometry.y_len());
         Ok(Memory {
             driver,
             x: noise(x, c.dtype)?,
             // d_w is float32.
-            w: noise(c.w_len(), DType::F32)?,
+            w: noise(c.geometry.w_len(), DType::F32)?,
             y: noise(y, c.dtype)?,
             addend: noise(x.max(y), c.dtype)?,
-            sums: noise(2 * c.c_out, DType::F32)?,
+            sums: noise(2 * c.geometry.c_out, DType::F32)?,
             workspace: driver.allocate(workspace)?,
         })
     }
@@ -139,7 +139,7 @@ impl Memory<'_> {
         match epilogue {
             Epilogue::Add => tensors.push((Tensor::Addend, self.addend)),
             Epilogue::Statistics => {
-                let second = self.sums.offset(convolution.c_out * DType::F32.size());
+                let second = self.sums.offset(convolution.geometry.c_out * DType::F32.size());
                 tensors.extend([(Tensor::Sum, self.sums), (Tensor::SquareSum, second)]);
             }
             Epilogue::None | Epilogue::Accumulate => {}

@@ -17,6 +17,7 @@ pub use measure::Measured;
 
 use std::fmt::Debug;
 
+use crate::backend::conv::ConvGeometry;
 use crate::error::Result;
 use crate::tensor::DType;
 
@@ -43,48 +44,20 @@ pub enum Direction {
 pub struct Convolution {
     /// What is computed.
     pub direction: Direction,
-    /// Images.
-    pub n: usize,
-    /// Height of x.
-    pub h: usize,
-    /// Width of x.
-    pub w: usize,
-    /// Channels of x.
-    pub c_in: usize,
-    /// Channels of y.
-    pub c_out: usize,
-    /// Height and width of the kernel.
-    pub kernel: [usize; 2],
-    /// Vertical and horizontal stride.
-    pub stride: [usize; 2],
-    /// Vertical and horizontal padding, on both sides.
-    pub padding: [usize; 2],
+    /// Of what sizes.
+    pub geometry: ConvGeometry,
     /// Element type of x, w and y; d_w is float32 always.
     pub dtype: DType,
 }
 
 impl Convolution {
-    /// Height of y.
-    pub fn oh(&self) -> usize {
-        (self.h + 2 * self.padding[0] - self.kernel[0]) / self.stride[0] + 1
-    }
-
-    /// Width of y.
-    pub fn ow(&self) -> usize {
-        (self.w + 2 * self.padding[1] - self.kernel[1]) / self.stride[1] + 1
-    }
-
-    /// Elements of w.
-    pub fn w_len(&self) -> usize {
-        self.c_out * self.kernel[0] * self.kernel[1] * self.c_in
-    }
-
     /// The same as a matrix product, which it is for 1x1 kernels that leave nothing out.
     pub fn as_product(&self) -> Option<Product> {
-        if self.kernel != [1, 1] || self.stride != [1, 1] || self.padding != [0, 0] {
+        let ConvGeometry { n, h, w, c_in, c_out, kernel, stride, padding } = self.geometry;
+        if kernel != [1, 1] || stride != [1, 1] || padding != [0, 0] {
             return None;
         }
-        let (rows, dtype) = (self.n * self.h * self.w, self.dtype);
+        let (rows, dtype) = (n * h * w, self.dtype);
         let product = |[m, n, k]: [usize; 3], [a_transposed, b_transposed]: [bool; 2], out| Product {
             m,
             n,
@@ -96,10 +69,10 @@ impl Convolution {
             out,
         };
         Some(match self.direction {
-            Direction::Forward => product([rows, self.c_out, self.c_in], [false, true], dtype),
-            Direction::DataGradient => product([rows, self.c_in, self.c_out], [false, false], dtype),
+            Direction::Forward => product([rows, c_out, c_in], [false, true], dtype),
+            Direction::DataGradient => product([rows, c_in, c_out], [false, false], dtype),
             // Of the operands x and d_y, d_y is A: see `Work`.
-            Direction::WeightGradient => product([self.c_out, self.c_in, rows], [true, false], DType::F32),
+            Direction::WeightGradient => product([c_out, c_in, rows], [true, false], DType::F32),
         })
     }
 }
@@ -156,7 +129,7 @@ impl Work {
     pub fn staging(&self) -> usize {
         match self {
             Work::Convolution(c) if c.direction == Direction::WeightGradient && c.dtype != DType::F32 => {
-                c.w_len() * c.dtype.size()
+                c.geometry.w_len() * c.dtype.size()
             }
             Work::Product(p) if p.bias && p.out != DType::F32 => p.n * p.out.size(),
             _ => 0,

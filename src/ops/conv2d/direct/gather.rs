@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use super::super::geometry::ConvGeometry;
+use crate::backend::conv::ConvGeometry;
 use crate::backend::cpu::Real;
 
 /// One axis of a gather: grid position `i` reads source positions `i * stride + first + t`, `t` in `0..taps`.

@@ -11,7 +11,7 @@ use std::ops::Range;
 pub use grid::{dgrad, forward};
 pub use wgrad::{wgrad, wgrad_workspace};
 
-use super::geometry::ConvGeometry;
+use crate::backend::conv::ConvGeometry;
 
 /// The panel width of every kernel divides this.
 const WIDEST_PANEL: usize = 32;

@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::super::geometry::ConvGeometry;
 use super::gather::{Gather, Run};
 use super::{WIDEST_PANEL, even_part, parts};
+use crate::backend::conv::ConvGeometry;
 use crate::backend::cpu::scratch::with_scratch;
 use crate::backend::cpu::{Mat, Panels, Real, par_blocks};
 

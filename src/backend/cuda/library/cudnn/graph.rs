@@ -95,7 +95,7 @@ impl Builder<'_> {
 
     /// The sizes of x, w or y as cuDNN orders them: N, C, H, W; of w: K, C, R, S.
     fn sizes(&self, tensor: Tensor) -> [i64; 4] {
-        let c = self.convolution;
+        let c = &self.convolution.geometry;
         let sizes = match tensor {
             Tensor::X => [c.n, c.c_in, c.h, c.w],
             Tensor::W => [c.c_out, c.c_in, c.kernel[0], c.kernel[1]],
@@ -155,7 +155,7 @@ impl Builder<'_> {
 
     fn geometry(&self) -> Result<Arc<Descriptor>> {
         let two = |sizes: [usize; 2]| sizes.map(|size| size as i64);
-        let (padding, stride) = (two(self.convolution.padding), two(self.convolution.stride));
+        let (padding, stride) = (two(self.convolution.geometry.padding), two(self.convolution.geometry.stride));
         let geometry = self
             .empty(descriptor::CONVOLUTION)?
             .set(attribute::CONVOLUTION_COMP_TYPE, kind::DATA_TYPE, &[data::FLOAT])?
@@ -189,7 +189,7 @@ impl Builder<'_> {
             let message = "statistics were asked of a gradient".into();
             return Err(Error::Internal { thread: "cuDNN".into(), message });
         }
-        let sizes = [1, self.convolution.c_out as i64, 1, 1];
+        let sizes = [1, self.convolution.geometry.c_out as i64, 1, 1];
         let operation = self
             .empty(descriptor::OPERATION_GEN_STATS)?
             .refer(attribute::OPERATION_GENSTATS_XDESC, &[of])?

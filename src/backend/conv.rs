@@ -1,7 +1,7 @@
-//! The geometry of one convolution.
+//! The sizes of one convolution, on every device.
 
 /// Sizes of one 2-D convolution. x: `[n][h][w][c_in]`, w: `[c_out][kh][kw][c_in]`, y: `[n][oh][ow][c_out]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct ConvGeometry {
     /// Images.
     pub n: usize,
@@ -58,7 +58,7 @@ impl ConvGeometry {
     }
 
     /// Panics unless slices for input, weights and output have these lengths.
-    pub(super) fn check_lengths(&self, x: usize, w: usize, y: usize) {
+    pub fn check_lengths(&self, x: usize, w: usize, y: usize) {
         assert_eq!((x, w, y), (self.x_len(), self.w_len(), self.y_len()), "convolution: lengths of x, w and y");
     }
 }
