@@ -7,6 +7,7 @@ mod demo;
 mod devices;
 mod export;
 mod facts;
+mod gpu_args;
 mod inspect;
 mod kernels;
 mod machine;

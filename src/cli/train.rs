@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::augment_args::AugmentArgs;
+use super::gpu_args::GpuArgs;
 use super::model_args::ModelArgs;
 use super::preset::Preset;
 use super::recipe_args::RecipeArgs;
@@ -97,15 +98,8 @@ struct MachineArgs {
     /// In what to train [default: bf16 on a GPU, f32 on the CPU; with --resume, as before].
     #[arg(long, value_enum)]
     dtype: Option<Precision>,
-    /// On a GPU: launch every kernel instead of replaying a CUDA graph of the step. Does not change any result.
-    #[arg(long)]
-    no_graph: bool,
-    /// On a GPU: time all algorithms of cuDNN and cuBLASLt for each layer, instead of the first of each.
-    #[arg(long)]
-    autotune: bool,
-    /// On a GPU: mark steps, phases and layers for Nsight, which has to have started the program (tools/profile.sh).
-    #[arg(long)]
-    nvtx: bool,
+    #[command(flatten)]
+    gpu: GpuArgs,
     /// Threads that read and augment images [default: 1; with --resume, as before].
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
@@ -195,9 +189,9 @@ impl MachineArgs {
         machine.io = self.io.unwrap_or(machine.io);
         machine.cpu_conv = if new { self.cpu_conv } else { machine.cpu_conv };
         machine.check |= self.check;
-        machine.graph &= !self.no_graph;
-        machine.autotune |= self.autotune;
-        machine.nvtx = self.nvtx;
+        machine.graph &= !self.gpu.no_graph;
+        machine.autotune |= self.gpu.autotune;
+        machine.nvtx = self.gpu.nvtx;
         let Opened { device, instead_of_gpu } = machine.device.open(machine.cpu_conv)?;
         if let Some(error) = instead_of_gpu {
             eprintln!("training on the CPU, because there is no GPU to be used: {error}");

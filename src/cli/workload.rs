@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::gpu_args::GpuArgs;
 use super::model_args::{ModelArgs, arch_name};
 use super::peaks::Peaks;
 use super::plan::{flops, name_of};
@@ -71,15 +72,8 @@ pub struct WorkloadArgs {
     /// In what to train [default: bf16, f32 on the CPU].
     #[arg(long, value_enum)]
     dtype: Option<Precision>,
-    /// On a GPU: launch every kernel instead of replaying a CUDA graph of the step.
-    #[arg(long)]
-    no_graph: bool,
-    /// On a GPU: time all algorithms of cuDNN and cuBLASLt for each layer, instead of the first of each.
-    #[arg(long)]
-    autotune: bool,
-    /// On a GPU: mark steps, phases and layers for Nsight, which has to have started the program (tools/profile.sh).
-    #[arg(long)]
-    nvtx: bool,
+    #[command(flatten)]
+    gpu: GpuArgs,
     /// Implementation of the CPU's convolutions.
     #[arg(long, value_enum, default_value_t)]
     cpu_conv: Tier,
@@ -135,7 +129,8 @@ impl WorkloadArgs {
             None => default_batch(&device),
         };
         let flops = flops(&model.train_graph(batch, image_size, precision.dtype(), false)?.tape);
-        let options = Options { graph: !self.no_graph, choice: precision.choice(self.autotune), nvtx: self.nvtx };
+        let GpuArgs { no_graph, autotune, nvtx } = self.gpu;
+        let options = Options { graph: !no_graph, choice: precision.choice(autotune), nvtx };
         // Before the step takes the memory.
         let peaks = Peaks::measure(&device, precision, self.peak_tflops)?;
         let (preset, choice, cpu_conv) = (self.preset, self.device, self.cpu_conv);
