@@ -1,4 +1,5 @@
-//! Two executors in lockstep: the first node that goes wrong is found, and no node before or after it is blamed.
+//! Executors: in lockstep the first node that goes wrong is found and no other is blamed; a device's steps read their own
+//! inputs and take no memory but the arena.
 
 use simsiam_engine::backend::cpu::Tier;
 use simsiam_engine::exec::compare::compare;
@@ -93,4 +94,42 @@ fn nothing_is_allocated_once_both_graphs_are_there() {
     assert!(after.iter().all(|memory| *memory == after[0]), "{after:?}");
     drop(exec);
     assert_eq!(driver.memory().unwrap(), before);
+}
+
+#[cfg(feature = "emulator")]
+#[test]
+fn steps_that_nobody_collects_still_read_their_own_inputs() {
+    use std::sync::Arc;
+
+    use simsiam_engine::backend::cuda::emulator::{Emulator, Options};
+    use simsiam_engine::exec::{self, Device};
+
+    /// The bytes of a weight after nine steps on different views, staged without waiting or written and waited for.
+    fn train(seed: u64, staged: bool) -> Vec<u8> {
+        let device = Device::Cuda(Arc::new(Emulator::new(Options { threads: 2, seed }).unwrap()));
+        let graph = model(1).train_graph(5, 11, DType::F32, false).unwrap();
+        let len = graph.tape.desc(graph.views).shape.len();
+        let options = exec::Options { graph: staged, ..exec::Options::default() };
+        let mut exec = device.executor_with(graph.tape, options).unwrap();
+        write_initial(&mut *exec, &graph.params, 2).unwrap();
+        exec.write(graph.step_params, &DType::F64.encode(&[0.1, 0.05, 0.9, 1e-4])).unwrap();
+        let mut noise = Stream::new(5, 0, 0);
+        for _ in 0..9 {
+            let views: Vec<f32> = (0..len).map(|_| noise.normal() as f32).collect();
+            match staged {
+                true => exec.stage(graph.views, bytemuck::cast_slice(&views)).unwrap(),
+                false => exec.write(graph.views, bytemuck::cast_slice(&views)).unwrap(),
+            }
+            exec.run_step().unwrap();
+            if !staged {
+                exec.finish().unwrap();
+            }
+        }
+        exec.read(graph.params[0].value).unwrap().bytes().to_vec()
+    }
+
+    let expected = train(0, false);
+    for seed in 0..4 {
+        assert!(train(seed, true) == expected, "seed {seed}");
+    }
 }
