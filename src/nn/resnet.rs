@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::graph::ValueId;
 use crate::nn::builder::{Builder, Norm};
-use crate::ops::pool::{GlobalAvgPool, MaxPool};
+use crate::ops::pool::GlobalAvgPool;
 
 /// The residual block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
@@ -120,13 +120,10 @@ impl ResNet {
     fn stem(&self, b: &mut Builder<'_>, prefix: &str, images: ValueId) -> Result<ValueId> {
         let shape = if self.stem == Stem::Imagenet { [7, 2, 3] } else { [3, 1, 1] };
         let x = b.conv_of(&format!("{prefix}conv1"), images, [IMAGE_CHANNELS, self.width], shape)?;
-        let x = b.batch_norm(&format!("{prefix}bn1"), x, Norm::RELU)?;
+        let norm = format!("{prefix}bn1");
         match self.stem {
-            Stem::Cifar => Ok(x),
-            Stem::Imagenet => {
-                let pool = MaxPool { kernel: 3, stride: 2, padding: 1 };
-                b.tape.scoped(&format!("{prefix}maxpool"), |tape| tape.record_one(pool, &[x]))
-            }
+            Stem::Cifar => b.batch_norm(&norm, x, Norm::RELU),
+            Stem::Imagenet => b.batch_norm_max_pool([&norm, &format!("{prefix}maxpool")], x),
         }
     }
 

@@ -31,6 +31,7 @@ pub fn cuda_kernels() -> Vec<&'static Kernel> {
     [
         augment::cuda::KERNELS,
         batch_norm::cuda::KERNELS,
+        batch_norm::pooled::cuda::KERNELS,
         bias::cuda::KERNELS,
         cosine_loss::cuda::KERNELS,
         cross_entropy::cuda::KERNELS,

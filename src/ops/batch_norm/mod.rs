@@ -3,6 +3,7 @@
 
 mod cpu;
 pub(super) mod cuda;
+pub mod pooled;
 
 use crate::backend::cpu::CpuIo;
 use crate::backend::cuda::CudaIo;
