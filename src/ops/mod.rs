@@ -32,6 +32,7 @@ pub fn cuda_kernels() -> Vec<&'static Kernel> {
         augment::cuda::KERNELS,
         batch_norm::cuda::KERNELS,
         bias::cuda::KERNELS,
+        conv2d::stem::KERNELS,
         cosine_loss::cuda::KERNELS,
         cross_entropy::cuda::KERNELS,
         knn::cuda::KERNELS,
