@@ -14,6 +14,8 @@ class AsyncCopies {
             emulator::fail(emulator::Site::here(), "a copy of %d bytes from %p to %p is not aligned", BYTES, from, to);
         }
         if (copies_ == MOST) emulator::fail(emulator::Site::here(), "more than %d copies wait", MOST);
+        // What was there is gone at once, and what comes is there after `wait`: a device does either at any time between.
+        for (int i = 0; i < BYTES / 4; ++i) static_cast<uint32_t*>(to)[i] = 0xffffffffu;
         pending_[copies_++] = {to, present ? from : nullptr, BYTES, groups_};
 #else
         const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
@@ -39,7 +41,6 @@ class AsyncCopies {
     // Waits until at most LATEST groups, the latest ones, have not arrived.
     template <int LATEST> __device__ __forceinline__ void wait() {
 #ifdef SIMSIAM_EMULATOR
-        // As late as can be: who reads earlier reads what was there before.
         int arrived = 0;
         for (; arrived < copies_ && pending_[arrived].group + LATEST < groups_; ++arrived) pending_[arrived].run();
         copies_ -= arrived;
