@@ -2,14 +2,18 @@
 
 pub mod direct;
 pub mod reference;
+pub mod stem;
 
 use crate::backend::conv::ConvGeometry;
 use crate::backend::cpu::{CpuIo, Real, Tier};
+use crate::backend::cuda::CudaIo;
 use crate::backend::cuda::library::{Convolution, Direction, Work};
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
 use crate::graph::{GradBuilder, Op};
 use crate::tensor::{DType, TensorDesc};
+
+use stem::Stem;
 
 /// `y = conv(x, w)`; x: `[n][h][w][c_in]`, w: `[c_out][kh][kw][c_in]`, y: `[n][oh][ow][c_out]`. No bias: a batch norm follows.
 #[derive(Debug, Clone, Copy)]
@@ -63,8 +67,14 @@ impl Op for Conv2d {
     }
 
     fn library_work(&self, inputs: &[&TensorDesc]) -> Option<Work> {
-        let geometry = self.geometry(inputs[0], inputs[1]).ok()?;
-        Some(Work::Convolution(Convolution { direction: Direction::Forward, geometry, dtype: inputs[0].dtype }))
+        let (geometry, dtype) = (self.geometry(inputs[0], inputs[1]).ok()?, inputs[0].dtype);
+        let work = Work::Convolution(Convolution { direction: Direction::Forward, geometry, dtype });
+        Stem::of(&geometry, dtype).is_none().then_some(work)
+    }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        let g = self.geometry(io.inputs[0].desc, io.inputs[1].desc)?;
+        Stem::of(&g, io.dtype()).ok_or_else(|| left_to_a_library(self.name()))?.forward(io)
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
@@ -189,8 +199,19 @@ impl Op for Conv2dWgrad {
     }
 
     fn library_work(&self, inputs: &[&TensorDesc]) -> Option<Work> {
-        let geometry = self.geometry(inputs[0], inputs[1]).ok()?;
-        Some(Work::Convolution(Convolution { direction: Direction::WeightGradient, geometry, dtype: inputs[0].dtype }))
+        let (geometry, dtype) = (self.geometry(inputs[0], inputs[1]).ok()?, inputs[0].dtype);
+        let work = Work::Convolution(Convolution { direction: Direction::WeightGradient, geometry, dtype });
+        Stem::of(&geometry, dtype).is_none().then_some(work)
+    }
+
+    fn cuda_workspace(&self, inputs: &[&TensorDesc]) -> usize {
+        let stem = self.geometry(inputs[0], inputs[1]).ok().and_then(|g| Stem::of(&g, inputs[0].dtype));
+        stem.map_or(0, |stem| stem.workspace())
+    }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        let g = self.geometry(io.inputs[0].desc, io.inputs[1].desc)?;
+        Stem::of(&g, io.dtype()).ok_or_else(|| left_to_a_library(self.name()))?.weight_gradient(io)
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
@@ -211,6 +232,10 @@ impl Op for Conv2dWgrad {
     fn flops(&self, inputs: &[&TensorDesc]) -> u64 {
         self.geometry(inputs[0], inputs[1]).map_or(0, |g| g.flops())
     }
+}
+
+fn left_to_a_library(op: &str) -> Error {
+    Error::Unsupported { what: format!("{op} of these sizes has no CUDA kernel: cuDNN computes it"), hint: None }
 }
 
 /// Weight gradients are never shorter than float32.
