@@ -7,8 +7,8 @@
 //   apply               read x, write y, taken        1.37
 //   backward reduce     read x, d_y, taken            1.37
 //   backward apply      the same, write d_x           2.37
-// where the separate ops take 1 + 2, 1.25, 2.5 and 2 + 3. The gradient at the output of the batch norm is gathered twice, which
-// the caches answer: up to four windows lie over a position.
+// where the separate ops take 1 + 2, 1.25, 2.5 and 2 + 3. The gradient at the output of the batch norm is gathered twice, a
+// thread for two by two pixels: the windows over them are the same four, of which the caches answer all but one.
 #include "batch_norm.cuh"
 #include "positions.cuh"
 
@@ -82,54 +82,87 @@ __device__ __forceinline__ void apply_max_pool(const T* __restrict__ x, const fl
     });
 }
 
-// Where a row of x lies. There are less than 2^31 of them.
-struct Pixel {
+// Two by two pixels of x, and N channels of them: the least that whole windows can be said to lie over. The window (r, s) of four
+// begins 2 r - 1 rows below and 2 s - 1 columns right of the first pixel, so which of its positions a pixel is at is known when
+// this is compiled.
+template <int N> struct Quad {
     int64_t image;
-    int row, column;
+    int row, column; // of its first pixel
+    int channel;
 
-    __device__ __forceinline__ Pixel(int64_t row_of_x, const StemPooling& p) {
-        const unsigned of_image = unsigned(p.h) * unsigned(p.w), of_all = unsigned(row_of_x);
-        const unsigned number = of_all / of_image, rest = of_all - number * of_image, down = rest / unsigned(p.w);
-        image = number;
-        row = int(down);
-        column = int(rest - down * unsigned(p.w));
+    // There are less than 2^31 quads.
+    __device__ __forceinline__ Quad(int64_t number, int channel, const StemPooling& p) : channel(channel) {
+        const unsigned of_image = unsigned(p.oh) * unsigned(p.ow), of_all = unsigned(number);
+        const unsigned images = of_all / of_image, rest = of_all - images * of_image, down = rest / unsigned(p.ow);
+        image = images;
+        row = int(down) * STRIDE;
+        column = int(rest - down * unsigned(p.ow)) * STRIDE;
+    }
+
+    __device__ __forceinline__ bool has(int i, int j, const StemPooling& p) const { return row + i < p.h && column + j < p.w; }
+
+    // The first element of a pixel.
+    __device__ __forceinline__ int64_t element(int i, int j, const StemPooling& p) const {
+        return image * (int64_t{p.h} * p.w * p.c) + ((row + i) * p.w + column + j) * p.c + channel;
+    }
+
+    // x in row i; 0 outside.
+    template <class T>
+    __device__ __forceinline__ void load_pixels(float (&v)[2][N], const T* x, int i, const StemPooling& p) const {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+#pragma unroll
+            for (int k = 0; k < N; ++k) v[j][k] = 0.0f;
+            if (has(i, j, p)) load(v[j], x + element(i, j, p));
+        }
     }
 };
 
-// The gradient at the output of the batch norm for N channels of one pixel: d_y of the windows that took it, rounded as if it
-// had been written.
-template <int N, class T>
-__device__ __forceinline__ void gather(float (&g)[N], const T* __restrict__ d_y, const uint8_t* __restrict__ taken,
-                                       const Pixel& pixel, int channel, const StemPooling& p) {
-#pragma unroll
-    for (int k = 0; k < N; ++k) g[k] = 0.0f;
-    const int64_t of_image = pixel.image * (int64_t{p.oh} * p.ow * p.c) + channel;
-    const int last_oy = min((pixel.row + PADDING) / STRIDE, p.oh - 1), last_ox = min((pixel.column + PADDING) / STRIDE, p.ow - 1);
-    for (int oy = pixel.row / STRIDE; oy <= last_oy; ++oy)
-        for (int ox = pixel.column / STRIDE; ox <= last_ox; ++ox) {
-            const int64_t window = of_image + (oy * p.ow + ox) * p.c;
-            const int here = (pixel.row + PADDING - oy * STRIDE) * SIZE + pixel.column + PADDING - ox * STRIDE;
-            const Pack<uint8_t, N> positions = *reinterpret_cast<const Pack<uint8_t, N>*>(taken + window);
-            float gradient[N];
-            load(gradient, d_y + window);
-#pragma unroll
-            for (int k = 0; k < N; ++k) g[k] += positions.element[k] == here ? gradient[k] : 0.0f;
-        }
-#pragma unroll
-    for (int k = 0; k < N; ++k) g[k] = to_float(from_float<T>(g[k]));
-}
+// The four windows over a quad: their gradients, and the positions that took them. As they lie in memory: they stay in registers
+// while both rows of the quad are worked on.
+template <int N, class T> struct QuadWindows {
+    Pack<T, N> gradient[2][2];
+    Pack<uint8_t, N> taken[2][2];
 
-// The same for U rows of a tile, and x of them.
-template <int U, int N, class T>
-__device__ __forceinline__ void load_gathered(float (&g)[U][N], float (&v)[U][N], const T* __restrict__ d_y,
-                                              const uint8_t* __restrict__ taken, const T* __restrict__ x, int64_t row,
-                                              int64_t i, const Tile<N>& tile, const StemPooling& p) {
-    load_rows(v, x + i, tile.stride);
+    __device__ __forceinline__ QuadWindows(const Quad<N>& quad, const T* __restrict__ d_y, const uint8_t* __restrict__ taken_by,
+                                           const StemPooling& p) {
 #pragma unroll
-    for (int u = 0; u < U; ++u) gather(g[u], d_y, taken, Pixel(row + u * tile.step, p), tile.channel, p);
-}
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+            for (int s = 0; s < 2; ++s) {
+                const int oy = quad.row / STRIDE + r, ox = quad.column / STRIDE + s;
+                gradient[r][s] = {};
+#pragma unroll
+                for (int k = 0; k < N; ++k) taken[r][s].element[k] = NONE;
+                if (oy >= p.oh || ox >= p.ow) continue;
+                const int64_t from = quad.image * (int64_t{p.oh} * p.ow * p.c) + (oy * p.ow + ox) * p.c + quad.channel;
+                gradient[r][s] = *reinterpret_cast<const Pack<T, N>*>(d_y + from);
+                taken[r][s] = *reinterpret_cast<const Pack<uint8_t, N>*>(taken_by + from);
+            }
+    }
 
-// Partial sums of g and of g (x - mean), with g as gathered. Grid: one block per tile.
+    // The gradient at the output of the batch norm in row i: of each pixel that of the windows that took it, rounded as if it
+    // had been written. 0 outside.
+    __device__ __forceinline__ void gather(float (&g)[2][N], int i) const {
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                float sum = 0.0f;
+#pragma unroll
+                for (int r = 0; r < 2; ++r)
+#pragma unroll
+                    for (int s = 0; s < 2; ++s) {
+                        const int ky = i + PADDING - STRIDE * r, kx = j + PADDING - STRIDE * s;
+                        if (ky < 0 || kx < 0) continue; // the window begins behind the pixel
+                        sum += taken[r][s].element[k] == ky * SIZE + kx ? to_float(gradient[r][s].element[k]) : 0.0f;
+                    }
+                g[j][k] = to_float(from_float<T>(sum));
+            }
+    }
+};
+
+// Partial sums of g and of g (x - mean), with g as gathered. Grid: one block per tile, whose rows are quads.
 template <int N, class T>
 __device__ __forceinline__ void reduce(const T* __restrict__ d_y, const uint8_t* __restrict__ taken, const T* __restrict__ x,
                                        const float* __restrict__ mean, Partial* __restrict__ partials, const StemPooling& p,
@@ -137,20 +170,19 @@ __device__ __forceinline__ void reduce(const T* __restrict__ d_y, const uint8_t*
     const Tile<N> tile(tiles, blockIdx.x);
     float m[N] = {}, sums[2][N] = {};
     if (tile.inside) load(m, mean + tile.group * tiles.channels + tile.channel);
-    for_numbered_rows<2>(tile, [&](int64_t row, int64_t i, auto count) {
-        constexpr int U = decltype(count)::value;
-        float g[U][N], v[U][N];
-        load_gathered(g, v, d_y, taken, x, row, i, tile, p);
+    for_numbered_rows<1>(tile, [&](int64_t number, int64_t, auto) {
+        const Quad<N> quad(number, tile.channel, p);
+        const QuadWindows<N, T> windows(quad, d_y, taken, p);
 #pragma unroll
-        for (int k = 0; k < N; ++k) {
-            float first[U], second[U];
+        for (int i = 0; i < 2; ++i) {
+            float g[2][N], v[2][N];
+            quad.load_pixels(v, x, i, p);
+            windows.gather(g, i);
 #pragma unroll
-            for (int u = 0; u < U; ++u) {
-                first[u] = g[u][k];
-                second[u] = g[u][k] * (v[u][k] - m[k]);
+            for (int k = 0; k < N; ++k) {
+                sums[0][k] += g[0][k] + g[1][k];
+                sums[1][k] += g[0][k] * (v[0][k] - m[k]) + g[1][k] * (v[1][k] - m[k]);
             }
-            sums[0][k] += tree_sum(first);
-            sums[1][k] += tree_sum(second);
         }
     });
     sum_over_rows(sums, tile, [&](int channel, const float(&totals)[2]) {
@@ -158,7 +190,7 @@ __device__ __forceinline__ void reduce(const T* __restrict__ d_y, const uint8_t*
     });
 }
 
-// d_x = scale (g - offset - (x - mean) slope), with g as gathered. Grid: one block per tile.
+// d_x = scale (g - offset - (x - mean) slope), with g as gathered. Grid: one block per tile, whose rows are quads.
 template <int N, class T>
 __device__ __forceinline__ void backward(const T* __restrict__ d_y, const uint8_t* __restrict__ taken,
                                          const T* __restrict__ x, const float* __restrict__ mean,
@@ -172,15 +204,22 @@ __device__ __forceinline__ void backward(const T* __restrict__ d_y, const uint8_
     load(scale, coefficients + of_group);
     load(offset, coefficients + all + of_group);
     load(slope, coefficients + 2 * all + of_group);
-    for_numbered_rows<2>(tile, [&](int64_t row, int64_t i, auto count) {
-        constexpr int U = decltype(count)::value;
-        float g[U][N], v[U][N];
-        load_gathered(g, v, d_y, taken, x, row, i, tile, p);
+    for_numbered_rows<1>(tile, [&](int64_t number, int64_t, auto) {
+        const Quad<N> quad(number, tile.channel, p);
+        const QuadWindows<N, T> windows(quad, d_y, taken, p);
 #pragma unroll
-        for (int u = 0; u < U; ++u)
+        for (int i = 0; i < 2; ++i) {
+            float g[2][N], v[2][N];
+            quad.load_pixels(v, x, i, p);
+            windows.gather(g, i);
 #pragma unroll
-            for (int k = 0; k < N; ++k) v[u][k] = scale[k] * (g[u][k] - offset[k] - (v[u][k] - m[k]) * slope[k]);
-        store_rows(d_x + i, v, tile.stride, accumulate);
+            for (int j = 0; j < 2; ++j) {
+                if (!quad.has(i, j, p)) continue;
+#pragma unroll
+                for (int k = 0; k < N; ++k) v[j][k] = scale[k] * (g[j][k] - offset[k] - (v[j][k] - m[k]) * slope[k]);
+                store_or_add(d_x + quad.element(i, j, p), v[j], accumulate);
+            }
+        }
     });
 }
 
@@ -193,7 +232,7 @@ __device__ __forceinline__ void backward(const T* __restrict__ d_y, const uint8_
         });                                                                                                                 \
     }                                                                                                                       \
     EXPORT(batch_norm_max_pool_##S)                                                                                         \
-    KERNEL_RESIDENT(TILE_THREADS, 2)                                                                                        \
+    KERNEL(TILE_THREADS)                                                                                                   \
     batch_norm_max_pool_reduce_##S(const T* d_y, const uint8_t* taken, const T* x, const float* mean, Partial* partials,    \
                                    StemPooling p, RowTiles tiles) {                                                         \
         with_width<T>(tiles.channels, [&](auto n) {                                                                         \
@@ -201,7 +240,7 @@ __device__ __forceinline__ void backward(const T* __restrict__ d_y, const uint8_
         });                                                                                                                 \
     }                                                                                                                       \
     EXPORT(batch_norm_max_pool_reduce_##S)                                                                                  \
-    KERNEL_RESIDENT(TILE_THREADS, 2)                                                                                        \
+    KERNEL(TILE_THREADS)                                                                                                   \
     batch_norm_max_pool_backward_##S(const T* d_y, const uint8_t* taken, const T* x, const float* mean,                     \
                                      const float* coefficients, int64_t all, T* d_x, int32_t accumulate, StemPooling p,     \
                                      RowTiles tiles) {                                                                      \

@@ -145,6 +145,15 @@ fn nan_wins_a_max_pool_and_takes_no_gradient() {
     }
 }
 
+/// Distance of neighbouring numbers, as a share of them.
+fn ulp(dtype: DType) -> f64 {
+    match dtype {
+        DType::Bf16 => 2.0f64.powi(-7),
+        DType::F16 => 2.0f64.powi(-10),
+        _ => 2.0f64.powi(-23),
+    }
+}
+
 /// Batch norm, ReLU and max pooling, fused or not: y, running statistics and all gradients, that of x added to what another
 /// consumer left there.
 fn stem(fused: bool, [n, h, w, channels]: [usize; 4], groups: usize, dtype: DType) -> (Tape, Vec<ValueId>) {
@@ -178,7 +187,7 @@ fn stem(fused: bool, [n, h, w, channels]: [usize; 4], groups: usize, dtype: DTyp
 }
 
 #[test]
-fn the_fused_stem_is_batch_norm_and_max_pool_bit_for_bit() {
+fn the_fused_stem_is_batch_norm_and_max_pool() {
     let shapes = [([4, 7, 9, 3], 2), ([6, 8, 5, 8], 3), ([2, 1, 6, 64], 1), ([2, 33, 30, 24], 2)];
     for (shape, groups) in shapes {
         for (device, dtype) in
@@ -189,11 +198,16 @@ fn the_fused_stem_is_batch_norm_and_max_pool_bit_for_bit() {
                 run(&device, tape, &results, 11)
             };
             let (expected, got) = (run_it(false), run_it(true));
-            for (name, (got, expected)) in
-                ["y", "running mean", "running var", "d_x", "d_gamma", "d_beta"].iter().zip(got.iter().zip(&expected))
-            {
-                assert!(expected.iter().any(|v| v.abs() > 0.01), "{name} says nothing");
-                assert_eq!(got, expected, "{name} of {shape:?} in {groups} groups of {dtype}");
+            let names = ["y", "running mean", "running var", "d_x", "d_gamma", "d_beta"];
+            for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
+                let what = format!("{} of {shape:?} in {groups} groups of {dtype}", names[i]);
+                assert!(expected.iter().any(|v| v.abs() > 0.01), "{what} says nothing");
+                // Gradients sum over pixels, in another order: float32's rounding, and where that tips it the result's own.
+                let largest = expected.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
+                let rounding = if names[i] == "d_x" { ulp(dtype) } else { ulp(DType::F32) };
+                let allowed = if i < 3 { 0.0 } else { 8.0 * ulp(DType::F32) + rounding } * largest;
+                let off = got.iter().zip(expected).fold(0.0, |m: f64, (g, e)| m.max((g - e).abs()));
+                assert!(off <= allowed, "{what} is off by {off:.2e}, allowed {allowed:.2e}");
             }
         }
     }

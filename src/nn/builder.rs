@@ -61,8 +61,8 @@ pub struct Builder<'t> {
     pub group: ParamGroup,
     /// Whether parameters created from now on are trained.
     pub trainable: bool,
-    /// Whether a batch norm and the max pooling behind it are one op in training, which spares a pass over memory each way.
-    /// Changes no bit of any result.
+    /// Whether a batch norm and the max pooling behind it are one op in training, which spares passes over memory. Changes
+    /// the order of some sums.
     pub fused_pooling: bool,
     dtype: DType,
 }

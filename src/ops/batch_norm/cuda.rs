@@ -60,8 +60,8 @@ pub(super) fn partials_bytes(rows: &Rows) -> usize {
 }
 
 /// Scratch of both directions: the partial sums, then `arrays` coefficients per channel and group.
-pub(super) fn workspace_bytes(x: &TensorDesc, groups: usize, arrays: usize) -> usize {
-    partials_bytes(&Rows::new(x, groups)) + arrays * groups * x.shape.channels() * size_of::<f32>()
+pub(super) fn workspace_bytes(rows: &Rows, arrays: usize) -> usize {
+    partials_bytes(rows) + arrays * rows.groups * rows.channels * size_of::<f32>()
 }
 
 /// What the statistics of a forward pass leave for its last kernel.
@@ -194,7 +194,7 @@ pub(super) fn backward(op: &BatchNormBackward, io: &CudaIo<'_>) -> Result<()> {
     // sums for each channel of the tiles.
     unsafe { io.launch(rows.grid(tiles), call)? };
 
-    finish_backward(op, &rows, io)?;
+    finish_backward(op, Sums { rows: rows.rows, summed: &rows }, io)?;
 
     let (g, masking) = early.map_or((d_y, op.mask), |masked| (masked, Mask::None));
     let all = (rows.groups * rows.channels) as i64;
@@ -218,22 +218,29 @@ pub(super) fn backward(op: &BatchNormBackward, io: &CudaIo<'_>) -> Result<()> {
     unsafe { io.launch(rows.grid(tiles), call) }
 }
 
+/// The sums of a backward pass: those of `rows` rows of each group, of which a tile of `summed` may have several in a row.
+pub(super) struct Sums<'a> {
+    pub rows: usize,
+    pub summed: &'a Rows,
+}
+
 /// Combines the partial sums of a backward pass: d_gamma, d_beta and, behind the sums in the workspace, the coefficients of
 /// d_x. Inputs 3 and 4 are rstd and gamma, outputs 1 and 2 the gradients.
-pub(super) fn finish_backward(op: &BatchNormBackward, rows: &Rows, io: &CudaIo<'_>) -> Result<()> {
-    let (partials, coefficients) = (io.workspace, io.workspace.offset(partials_bytes(rows)));
+pub(super) fn finish_backward(op: &BatchNormBackward, Sums { rows, summed }: Sums<'_>, io: &CudaIo<'_>) -> Result<()> {
+    let (partials, coefficients) = (io.workspace, io.workspace.offset(partials_bytes(summed)));
     let gamma = if op.affine { io.inputs[4].ptr } else { DevicePtr::NULL };
     let affine = |i: usize| match op.affine {
         true => (io.outputs[i].ptr, i32::from(io.outputs[i].accumulate)),
         false => (DevicePtr::NULL, 0),
     };
     let ((d_gamma, accumulate_gamma), (d_beta, accumulate_beta)) = (affine(1), affine(2));
-    let [chunks, groups, channels] = [rows.chunks(rows.summing()), rows.groups, rows.channels].map(|n| n as i32);
+    let [chunks, groups, channels] =
+        [summed.chunks(summed.summing()), summed.groups, summed.channels].map(|n| n as i32);
     let call = batch_norm_finish_backward(
         partials,
         chunks,
         groups,
-        rows.rows as i64,
+        rows as i64,
         channels,
         io.inputs[3].ptr,
         gamma,
@@ -245,5 +252,5 @@ pub(super) fn finish_backward(op: &BatchNormBackward, rows: &Rows, io: &CudaIo<'
     );
     // SAFETY: rstd is [groups, channels] and gamma [channels], as the forward op's `infer` checked; `infer` made d_gamma and
     // d_beta like gamma; `cuda_workspace` counted three coefficients per channel and group behind the partial sums.
-    unsafe { io.launch(combining_grid(rows), call) }
+    unsafe { io.launch(combining_grid(summed), call) }
 }

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
 use crate::graph::{GradBuilder, Op};
 use crate::ops::conv2d::gradient_dtype;
+use crate::ops::row_tiles::Rows;
 use crate::tensor::{DType, TensorDesc};
 
 /// What is fused around the normalisation.
@@ -159,7 +160,7 @@ impl Op for BatchNorm {
     }
 
     fn cuda_workspace(&self, inputs: &[&TensorDesc]) -> usize {
-        cuda::workspace_bytes(inputs[0], self.groups, 1)
+        cuda::workspace_bytes(&Rows::new(inputs[0], self.groups), 1)
     }
 
     fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
@@ -219,7 +220,7 @@ impl Op for BatchNormBackward {
     }
 
     fn cuda_workspace(&self, inputs: &[&TensorDesc]) -> usize {
-        cuda::workspace_bytes(inputs[1], self.groups, 3)
+        cuda::workspace_bytes(&Rows::new(inputs[1], self.groups), 3)
     }
 
     fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {

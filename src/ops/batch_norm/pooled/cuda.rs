@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::ops::row_tiles::{RowTiles, Rows};
 use crate::tensor::TensorDesc;
 
-use super::super::cuda::{Statistics, finish_backward, partials_bytes, statistics};
+use super::super::cuda::{Statistics, Sums, finish_backward, partials_bytes, statistics, workspace_bytes};
 use super::super::{BatchNorm, BatchNormBackward};
 use super::Windows;
 
@@ -69,23 +69,36 @@ pub(super) fn forward(op: &BatchNorm, windows: Windows, io: &CudaIo<'_>) -> Resu
     unsafe { io.launch(Grid::packs(y.desc.shape.len().div_ceil(2), io.dtype()), call) }
 }
 
+/// Quads of pixels, two by two, as rows of channels: what a thread of the gradient's kernels takes at once.
+fn quads(windows: Windows, x: &TensorDesc, groups: usize) -> Rows {
+    let quads = x.shape.dims()[0] / groups * windows.oh() * windows.ow();
+    Rows { rows: quads, ..Rows::new(x, groups) }
+}
+
+/// Scratch of the gradient: as batch norm's.
+pub(super) fn backward_workspace(windows: Windows, x: &TensorDesc, groups: usize) -> usize {
+    workspace_bytes(&quads(windows, x, groups), 3)
+}
+
 pub(super) fn backward(op: &BatchNormBackward, windows: Windows, io: &CudaIo<'_>) -> Result<()> {
-    let pooling = StemPooling::new(windows, io.inputs[1].desc, op.groups)?;
-    let rows = Rows::new(io.inputs[1].desc, op.groups);
+    let x = &io.inputs[1];
+    let pooling = StemPooling::new(windows, x.desc, op.groups)?;
+    let quads = quads(windows, x.desc, op.groups);
     let dtype = io.dtype();
     let [d_y, x, mean, _, _, taken] = [0, 1, 2, 3, 4, 5].map(|i| io.inputs[i].ptr);
-    let (partials, coefficients) = (io.workspace, io.workspace.offset(partials_bytes(&rows)));
+    let (partials, coefficients) = (io.workspace, io.workspace.offset(partials_bytes(&quads)));
 
-    let tiles = rows.summing();
+    let tiles = quads.summing();
     let call = batch_norm_max_pool_reduce(dtype, d_y, taken, x, mean, partials, pooling, tiles);
     // SAFETY: the sizes and tiles are those of x; d_y and `taken` are like the forward op's y, mean is its [groups, channels];
-    // `cuda_workspace` counted two sums for each channel of the tiles.
-    unsafe { io.launch(rows.grid(tiles), call)? };
+    // `backward_workspace` counted two sums for each channel of the tiles.
+    unsafe { io.launch(quads.grid(tiles), call)? };
 
-    finish_backward(op, &rows, io)?;
+    let rows = Rows::new(io.inputs[1].desc, op.groups).rows;
+    finish_backward(op, Sums { rows, summed: &quads }, io)?;
 
-    let (tiles, d_x) = (rows.streaming(), &io.outputs[0]);
-    let (all, accumulate) = ((rows.groups * rows.channels) as i64, i32::from(d_x.accumulate));
+    let (tiles, d_x) = (quads.streaming(), &io.outputs[0]);
+    let (all, accumulate) = ((quads.groups * quads.channels) as i64, i32::from(d_x.accumulate));
     let call = batch_norm_max_pool_backward(
         dtype,
         d_y,
@@ -100,5 +113,5 @@ pub(super) fn backward(op: &BatchNormBackward, windows: Windows, io: &CudaIo<'_>
         tiles,
     );
     // SAFETY: as for the first pass; `infer` made d_x like x, and the coefficients are there.
-    unsafe { io.launch(rows.grid(tiles), call) }
+    unsafe { io.launch(quads.grid(tiles), call) }
 }

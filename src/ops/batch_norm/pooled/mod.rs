@@ -23,7 +23,7 @@ const PADDING: usize = 1;
 const NONE: u8 = u8::MAX;
 
 /// `y = max_pool(relu(batch_norm(x)))`, training mode: as [`BatchNorm`] with ReLU and [`crate::ops::pool::MaxPool`] of 3x3 windows
-/// with stride 2 and padding 1 one after the other, bit for bit.
+/// with stride 2 and padding 1 one after the other, bit for bit; in its gradient sums over pixels are in another order.
 ///
 /// Inputs x `[n][h][w][c]`, gamma `[c]`, beta `[c]`. Outputs y `[n][oh][ow][c]`, mean `[groups, c]`, rstd `[groups, c]`, and for
 /// each element of y a byte: the position in its window, row by row, that the gradient goes to, or 255 for none. Updates as
@@ -200,7 +200,7 @@ impl Op for BatchNormMaxPoolBackward {
     }
 
     fn cuda_workspace(&self, inputs: &[&TensorDesc]) -> usize {
-        self.norm().cuda_workspace(inputs)
+        Windows::new(inputs[1]).map_or(0, |windows| cuda::backward_workspace(windows, inputs[1], self.groups))
     }
 
     fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
