@@ -65,7 +65,7 @@ fn consumers(channels: usize, groups: usize) -> (Tape, Vec<ValueId>) {
         let fusion = Fusion { affine: true, residual: with_residual, relu };
         let mut inputs = vec![x, gamma, beta];
         inputs.extend(with_residual.then_some(residual));
-        let op = BatchNorm { groups, eps: 1e-5, momentum: 0.1, fusion };
+        let op = BatchNorm { groups, eps: 1e-5, momentum: 0.1, fusion, sums_given: false };
         outputs.push(tape.record_updating(op, &inputs, &[state[0], state[1], tracked]).unwrap()[0]);
     }
     for (kernel, stride, padding) in [(3, 2, 1), (4, 3, 2)] {

@@ -1,7 +1,10 @@
 //! Records layers and collects their parameters under PyTorch names.
 
+use std::collections::HashMap;
+
 use crate::error::Result;
 use crate::graph::{Role, Tape, ValueId};
+use crate::nn::epilogues::Epilogues;
 use crate::nn::params::{Init, ParamGroup, ParamInfo};
 use crate::ops::batch_norm::{BatchNorm, BatchNormEval, Fusion, channel_desc};
 use crate::ops::cast::Cast;
@@ -59,13 +62,26 @@ pub struct Builder<'t> {
     pub group: ParamGroup,
     /// Whether parameters created from now on are trained.
     pub trainable: bool,
+    /// What training fuses with convolutions.
+    pub epilogues: Epilogues,
     dtype: DType,
+    /// The sums that a convolution has computed of its result.
+    sums: HashMap<ValueId, ValueId>,
 }
 
 impl<'t> Builder<'t> {
     /// Records on `tape` with activations of `dtype`; bf16 keeps float32 master weights.
     pub fn new(tape: &'t mut Tape, mode: Mode, dtype: DType) -> Builder<'t> {
-        Builder { tape, params: Vec::new(), mode, group: ParamGroup::Encoder, trainable: true, dtype }
+        Builder {
+            tape,
+            params: Vec::new(),
+            mode,
+            group: ParamGroup::Encoder,
+            trainable: true,
+            epilogues: Epilogues::default(),
+            dtype,
+            sums: HashMap::new(),
+        }
     }
 
     /// Element type of the activations.
@@ -108,14 +124,21 @@ impl<'t> Builder<'t> {
         let init = Init::kaiming_fan_out([kernel; 2], c_out);
         let desc = TensorDesc::new([c_out, kernel, kernel, c_in], self.master());
         let w = self.param(&format!("{name}.weight"), desc, init);
-        let op = Conv2d { stride: [stride; 2], padding: [padding; 2] };
-        self.tape.scoped(name, |tape| {
+        let statistics = match self.mode {
+            Mode::Train { groups } if self.epilogues.statistics.contain(name, [channels, c_out]) => Some(groups),
+            _ => None,
+        };
+        let join = self.epilogues.join(name);
+        let op = Conv2d { statistics, join, ..Conv2d::new([stride; 2], [padding; 2]) };
+        let outputs = self.tape.scoped(name, |tape| {
             let mut w = low_precision(tape, w, self.dtype)?;
             if channels != c_in {
                 w = tape.record_one(PadChannels { channels }, &[w])?;
             }
-            tape.record_one(op, &[x, w])
-        })
+            tape.record(op, &[x, w])
+        })?;
+        self.sums.extend(outputs.get(1).map(|sums| (outputs[0], *sums)));
+        Ok(outputs[0])
     }
 
     /// A fully connected layer.
@@ -154,11 +177,12 @@ impl<'t> Builder<'t> {
         let running_var = self.buffer(&format!("{name}.running_var"), desc, 1.0);
         let tracked = self.buffer(&format!("{name}.num_batches_tracked"), TensorDesc::new([], DType::I64), 0.0);
         let fusion = Fusion { affine: norm.affine, residual: norm.residual.is_some(), relu: norm.relu };
-        let mode = self.mode;
+        let (mode, sums) = (self.mode, self.sums.get(&x).copied());
         self.tape.scoped(name, |tape| match mode {
             Mode::Train { groups } => {
-                let inputs: Vec<ValueId> = [x].into_iter().chain(affine).chain(norm.residual).collect();
-                let op = BatchNorm { groups, eps: EPS, momentum: MOMENTUM, fusion };
+                let inputs = [x].into_iter().chain(affine).chain(norm.residual).chain(sums);
+                let inputs: Vec<ValueId> = inputs.collect();
+                let op = BatchNorm { groups, eps: EPS, momentum: MOMENTUM, fusion, sums_given: sums.is_some() };
                 Ok(tape.record_updating(op, &inputs, &[running_mean, running_var, tracked])?[0])
             }
             Mode::Eval => {

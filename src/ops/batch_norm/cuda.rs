@@ -19,6 +19,11 @@ kernels! { "batch_norm";
         momentum: f64, mean: DevicePtr, rstd: DevicePtr, scale: DevicePtr, running_mean: DevicePtr, running_var: DevicePtr,
         num_batches_tracked: DevicePtr,
     );
+    /// The same from the sums of x and of its square.
+    fn batch_norm_finish_sums[; 256](
+        sums: DevicePtr, groups: i32, rows: i64, channels: i32, gamma: DevicePtr, eps: f64, momentum: f64, mean: DevicePtr,
+        rstd: DevicePtr, scale: DevicePtr, running_mean: DevicePtr, running_var: DevicePtr, num_batches_tracked: DevicePtr,
+    );
     /// y = act((x - mean) scale + beta + residual)
     fn batch_norm_apply[F32, Bf16, F16; 256](
         x: DevicePtr, residual: DevicePtr, mean: DevicePtr, scale: DevicePtr, beta: DevicePtr, relu: i32, y: DevicePtr,
@@ -53,16 +58,59 @@ pub(super) fn workspace_bytes(x: &TensorDesc, groups: usize, arrays: usize) -> u
     partials_bytes(&Rows::new(x, groups)) + arrays * groups * x.shape.channels() * size_of::<f32>()
 }
 
+/// Scratch of the forward pass behind any partial sums: the scale of each channel and group.
+pub(super) fn scale_bytes(x: &TensorDesc, groups: usize) -> usize {
+    groups * x.shape.channels() * size_of::<f32>()
+}
+
 pub(super) fn forward(op: &BatchNorm, io: &CudaIo<'_>) -> Result<()> {
     let rows = Rows::new(io.inputs[0].desc, op.groups);
-    let (dtype, x) = (io.dtype(), io.inputs[0].ptr);
-    let (gamma, beta) = match op.fusion.affine {
-        true => (io.inputs[1].ptr, io.inputs[2].ptr),
-        false => (DevicePtr::NULL, DevicePtr::NULL),
+    let beta = if op.fusion.affine { io.inputs[2].ptr } else { DevicePtr::NULL };
+    let residual = if op.fusion.residual { io.inputs[op.fusion.residual_input()].ptr } else { DevicePtr::NULL };
+    let scale = match op.sums_given {
+        true => finish_given(op, io, &rows)?,
+        false => statistics(op, io, &rows)?,
     };
-    let residual = if op.fusion.residual { io.inputs[io.inputs.len() - 1].ptr } else { DevicePtr::NULL };
+    let tiles = rows.streaming();
+    let relu = i32::from(op.fusion.relu);
+    let (x, mean) = (io.inputs[0].ptr, io.outputs[1].ptr);
+    let call = batch_norm_apply(io.dtype(), x, residual, mean, scale, beta, relu, io.outputs[0].ptr, tiles);
+    // SAFETY: `infer` checked that the residual is like x and beta has its channels, and made y like x.
+    unsafe { io.launch(rows.grid(tiles), call) }
+}
+
+/// mean, rstd, scale and running statistics from the sums that were given; returns where the scale is.
+fn finish_given(op: &BatchNorm, io: &CudaIo<'_>, rows: &Rows) -> Result<DevicePtr> {
+    let sums = io.inputs[io.inputs.len() - 1].ptr;
+    let gamma = if op.fusion.affine { io.inputs[1].ptr } else { DevicePtr::NULL };
+    let [running_mean, running_var, tracked] = [0, 1, 2].map(|i| io.updates[i].ptr);
+    let scale = io.workspace;
+    let call = batch_norm_finish_sums(
+        sums,
+        rows.groups as i32,
+        rows.rows as i64,
+        rows.channels as i32,
+        gamma,
+        op.eps,
+        op.momentum,
+        io.outputs[1].ptr,
+        io.outputs[2].ptr,
+        scale,
+        running_mean,
+        running_var,
+        tracked,
+    );
+    // SAFETY: `infer` checked that the sums are [groups, 2, channels]; the rest as in `statistics`.
+    unsafe { io.launch(Grid::new([rows.channels.div_ceil(256) as u32, 1, 1]), call)? };
+    Ok(scale)
+}
+
+/// The same from x.
+fn statistics(op: &BatchNorm, io: &CudaIo<'_>, rows: &Rows) -> Result<DevicePtr> {
+    let (dtype, x) = (io.dtype(), io.inputs[0].ptr);
+    let gamma = if op.fusion.affine { io.inputs[1].ptr } else { DevicePtr::NULL };
     let (mean, rstd) = (io.outputs[1].ptr, io.outputs[2].ptr);
-    let (partials, scale) = (io.workspace, io.workspace.offset(partials_bytes(&rows)));
+    let (partials, scale) = (io.workspace, io.workspace.offset(partials_bytes(rows)));
 
     let tiles = rows.summing();
     let call = batch_norm_statistics(dtype, x, partials, tiles);
@@ -91,13 +139,8 @@ pub(super) fn forward(op: &BatchNorm, io: &CudaIo<'_>) -> Result<()> {
     );
     // SAFETY: `infer` checked that gamma has x's channels and made mean and rstd [groups, channels]; the running statistics
     // are [channels], as `BatchNorm` demands, and scale is the workspace behind the partial sums.
-    unsafe { io.launch(combining_grid(&rows), call)? };
-
-    let tiles = rows.streaming();
-    let relu = i32::from(op.fusion.relu);
-    let call = batch_norm_apply(dtype, x, residual, mean, scale, beta, relu, io.outputs[0].ptr, tiles);
-    // SAFETY: `infer` checked that the residual is like x and beta has its channels, and made y like x.
-    unsafe { io.launch(rows.grid(tiles), call) }
+    unsafe { io.launch(combining_grid(rows), call)? };
+    Ok(scale)
 }
 
 /// Blocks of the kernels that combine partial sums: 8 channels each.
