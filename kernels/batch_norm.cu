@@ -2,15 +2,16 @@
 // evaluation, and the gradient; each with an optional residual and an optional ReLU in the same pass.
 //
 // Traffic through device memory, in elements of the activations per element of x (2 bytes each in bf16):
-//                    plain   ReLU   ReLU and residual
-//   statistics           1      1                   1   read x
-//   apply                2      2                   3   read x (residual), write y
-//   backward reduce      2      3                   4   read d_y, x (y), write d_residual
-//   backward apply       3      4                   3   read d_y, x (y), write d_x; behind a residual d_residual, which is
-//                                                       d_y behind the mask, stands for both d_y and y
-// and one more for each output that is added to what is there. Partial sums add 8 bytes per channel and tile: below 4 % of
-// the statistics' traffic where there are rows enough to fill a device, and mostly answered by the cache. The apply passes
-// walk from the end to the start, so that what the pass before read last is still cached.
+//                    with or without ReLU   ReLU and residual
+//   statistics                          1                   1   read x
+//   apply                               2               3 1/16  read x (residual), write y (and the mask)
+//   backward reduce                     2               3 1/16  read d_y, x (the mask), write d_residual
+//   backward apply                      3                   3   read d_y, x, write d_x; behind a residual d_residual, which
+//                                                               is d_y behind the mask, stands for d_y
+// and one more for each output that is added to what is there. Where the ReLU let nothing through is never read off y: without
+// a residual x and the statistics say it, with one a bit for each element does. Partial sums add 8 bytes per channel and tile:
+// below 4 % of the statistics' traffic where there are rows enough to fill a device, and mostly answered by the cache. The
+// apply passes walk from the end to the start, so that what the pass before read last is still cached.
 #include "rows.cuh"
 
 // Two sums of one channel over the rows of one tile; arrays are [groups][chunks][channels].
@@ -35,6 +36,17 @@ __device__ __forceinline__ void load_shift(float (&shift)[N], const T* x, int64_
         for (int u = 0; u < SHIFT_ROWS; ++u) of_channel[u] = v[u][k];
         shift[k] = tree_sum(of_channel) * (1.0f / SHIFT_ROWS);
     }
+}
+
+// scale = gamma rstd; without gamma (null) it counts as 1. Of the rounded rstd: the backward pass, which has no other, then
+// computes the very same values again.
+__device__ __forceinline__ float scale_of(const float* gamma, float rstd) { return gamma ? *gamma * rstd : rstd; }
+
+// The scales of N channels.
+template <int N> __device__ __forceinline__ void load_scale(float (&scale)[N], const float* rstd, const float* gamma) {
+    load(scale, rstd);
+#pragma unroll
+    for (int k = 0; k < N; ++k) scale[k] = scale_of(gamma ? gamma + k : nullptr, scale[k]);
 }
 
 // Partial sums of x - shift and its square.
@@ -67,32 +79,78 @@ __device__ __forceinline__ void statistics(const T* __restrict__ x, Partial* __r
     });
 }
 
-// The gradient at the output of the normalisation: d_y, behind the ReLU's mask y > 0 if there is one.
-template <bool RELU, int U, int N, class T>
-__device__ __forceinline__ void load_masked(float (&g)[U][N], const T* d_y, const T* y, int64_t stride) {
-    load_rows(g, d_y, stride);
-    if (!RELU) return;
-    float out[U][N];
-    load_rows(out, y, stride);
+// What the normalisation does to N channels of a group: y = (x - mean) scale + beta.
+template <int N> struct Channels {
+    float mean[N], scale[N], beta[N];
+
+    // `beta` may be null: 0.
+    __device__ __forceinline__ void load_mean_and_beta(const float* of_group, const float* of_channels) {
+        load(mean, of_group);
+#pragma unroll
+        for (int k = 0; k < N; ++k) beta[k] = 0.0f;
+        if (of_channels) load(beta, of_channels);
+    }
+
+    __device__ __forceinline__ float normalised(int k, float x) const { return (x - mean[k]) * scale[k] + beta[k]; }
+};
+
+// Which elements of d_y pass the ReLU (`Mask` in src/ops/batch_norm).
+enum Masking { MASK_NONE, MASK_OF_X, MASK_STORED };
+
+// Calls f(Count<M>) with the masking as a compile-time number.
+template <class F> __device__ __forceinline__ void with_masking(int masking, F f) {
+    if (masking == MASK_NONE) {
+        f(Count<MASK_NONE>{});
+    } else if (masking == MASK_OF_X) {
+        f(Count<MASK_OF_X>{});
+    } else {
+        f(Count<MASK_STORED>{});
+    }
+}
+
+// The gradient at the output of the normalisation, of rows from element i on: d_y behind the mask of the ReLU. `v` are the rows
+// of x; `mask` is read for MASK_STORED only: a byte for each pack, which has a bit for each of its elements.
+template <int MASK, int U, int N, class T>
+__device__ __forceinline__ void load_masked(float (&g)[U][N], const T* d_y, const float (&v)[U][N], const Channels<N>& of,
+                                            const uint8_t* mask, int64_t i, int64_t stride) {
+    load_rows(g, d_y + i, stride);
+    if (MASK == MASK_NONE) return;
+    unsigned bits[U] = {};
+    if (MASK == MASK_STORED) {
+#pragma unroll
+        for (int u = 0; u < U; ++u) bits[u] = mask[(i + u * stride) / N];
+    }
 #pragma unroll
     for (int u = 0; u < U; ++u)
 #pragma unroll
-        for (int k = 0; k < N; ++k) g[u][k] = out[u][k] > 0.0f ? g[u][k] : 0.0f;
+        for (int k = 0; k < N; ++k) {
+            // Rounded as y was, so that what became 0 in y is 0 here.
+            const bool open = MASK == MASK_STORED ? (bits[u] >> k & 1u) != 0
+                                                  : to_float(from_float<T>(of.normalised(k, v[u][k]))) > 0.0f;
+            g[u][k] = open ? g[u][k] : 0.0f;
+        }
 }
 
 // Partial sums of g and of g (x - mean); writes g to d_residual, unless that is null.
-template <int N, bool RELU, class T>
-__device__ __forceinline__ void backward_reduce(const T* __restrict__ d_y, const T* __restrict__ x, const T* __restrict__ y,
-                                                const float* __restrict__ mean, T* d_residual,
-                                                Partial* __restrict__ partials, const RowTiles& tiles) {
+template <int N, int MASK, class T>
+__device__ __forceinline__ void backward_reduce(const T* __restrict__ d_y, const T* __restrict__ x,
+                                                const uint8_t* __restrict__ mask, const float* __restrict__ mean,
+                                                const float* __restrict__ rstd, const float* __restrict__ gamma,
+                                                const float* __restrict__ beta, T* d_residual, Partial* __restrict__ partials,
+                                                const RowTiles& tiles) {
     const Tile<N> tile(tiles, blockIdx.x);
-    float m[N] = {}, sums[2][N] = {};
-    if (tile.inside) load(m, mean + tile.group * tiles.channels + tile.channel);
+    Channels<N> of = {};
+    float sums[2][N] = {};
+    if (tile.inside) {
+        const int64_t of_group = tile.group * tiles.channels + tile.channel;
+        of.load_mean_and_beta(mean + of_group, beta ? beta + tile.channel : nullptr);
+        if (MASK == MASK_OF_X) load_scale(of.scale, rstd + of_group, gamma ? gamma + tile.channel : nullptr);
+    }
     for_rows<2>(tile, [&](int64_t i, auto count) {
         constexpr int U = decltype(count)::value;
         float g[U][N], v[U][N];
         load_rows(v, x + i, tile.stride);
-        load_masked<RELU>(g, d_y + i, y + i, tile.stride);
+        load_masked<MASK>(g, d_y, v, of, mask, i, tile.stride);
         if (d_residual) store_rows(d_residual + i, g, tile.stride);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
@@ -100,7 +158,7 @@ __device__ __forceinline__ void backward_reduce(const T* __restrict__ d_y, const
 #pragma unroll
             for (int u = 0; u < U; ++u) {
                 first[u] = g[u][k];
-                second[u] = g[u][k] * (v[u][k] - m[k]);
+                second[u] = g[u][k] * (v[u][k] - of.mean[k]);
             }
             sums[0][k] += tree_sum(first);
             sums[1][k] += tree_sum(second);
@@ -157,11 +215,6 @@ __device__ __forceinline__ void combine(const Partial* __restrict__ partials, in
     }
 }
 
-// scale = gamma / sqrt(variance + eps); without gamma it counts as 1.
-__device__ __forceinline__ float scale_of(const float* gamma, int channel, double rstd) {
-    return gamma ? float(double(gamma[channel]) * rstd) : float(rstd);
-}
-
 // mean and rstd of each group, the scale that `apply` takes, and the running statistics: r = (1 - momentum) r + momentum s
 // once per group in order, with the unbiased variance. Arrays are [groups][channels], running statistics [channels].
 struct Statistics {
@@ -171,10 +224,10 @@ struct Statistics {
 
     // Of a channel in a group of n rows; `i` is its place in the arrays.
     __device__ __forceinline__ void set(int64_t i, int channel, double average, double variance, double n) const {
-        const double inverse = 1.0 / sqrt(variance + eps);
+        const float inverse = float(1.0 / sqrt(variance + eps));
         mean[i] = float(average);
-        rstd[i] = float(inverse);
-        scale[i] = scale_of(gamma, channel, inverse);
+        rstd[i] = inverse;
+        scale[i] = scale_of(gamma ? gamma + channel : nullptr, inverse);
         running_mean[channel] = moved(running_mean[channel], average);
         running_var[channel] = moved(running_var[channel], variance * n / (n - 1.0));
     }
@@ -226,7 +279,7 @@ __device__ __forceinline__ void finish_backward(const Partial* partials, int chu
     combine(partials, chunks, groups, channels, [&](int group, int channel, double first, double second) {
         const int64_t i = int64_t{group} * channels + channel;
         const float r = rstd[i];
-        coefficients[i] = gamma ? gamma[channel] * r : r;
+        coefficients[i] = scale_of(gamma ? gamma + channel : nullptr, r);
         coefficients[all + i] = float(first / n);
         coefficients[2 * all + i] = float(second * (double(r) * double(r)) / n);
         gamma_sum += second * double(r);
@@ -241,27 +294,38 @@ __device__ __forceinline__ void finish_backward(const Partial* partials, int chu
 __device__ __forceinline__ void eval_scale(const float* __restrict__ variance, const float* __restrict__ gamma, double eps,
                                            float* __restrict__ scale, int channels) {
     const int64_t c = global_thread();
-    if (c < channels) scale[c] = scale_of(gamma, int(c), 1.0 / sqrt(double(variance[c]) + eps));
+    if (c < channels) scale[c] = scale_of(gamma ? gamma + c : nullptr, float(1.0 / sqrt(double(variance[c]) + eps)));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Applying. Grid: one block per tile.
 
+// A byte for each pack of U rows: the k-th bit says whether its k-th element, rounded to T, is greater than 0.
+template <class T, int U, int N>
+__device__ __forceinline__ void store_mask(uint8_t* mask, const float (&y)[U][N], int64_t stride) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+        unsigned bits = 0;
+#pragma unroll
+        for (int k = 0; k < N; ++k) bits |= unsigned(to_float(from_float<T>(y[u][k])) > 0.0f) << k;
+        mask[u * stride] = uint8_t(bits);
+    }
+}
+
 // y = act((x - mean) scale + beta + residual); mean and scale are [groups][channels], beta is [channels] or null (0). In front
 // of a residual the sum is rounded to T, as where batch norm and addition are two ops: networks amplify each rounding, and
 // only with the same ones can results be compared with those of PyTorch's autocast. As on the CPU, a ReLU turns NaN into 0:
-// non-finite values are looked for in the inputs and losses.
+// non-finite values are looked for in the inputs and losses. `mask` takes a bit for each y > 0, unless it is null.
 template <int N, bool RESIDUAL, class T>
 __device__ __forceinline__ void apply(const T* __restrict__ x, const T* __restrict__ residual, const float* __restrict__ mean,
                                       const float* __restrict__ scale, const float* __restrict__ beta, bool relu, T* y,
-                                      const RowTiles& tiles) {
+                                      uint8_t* mask, const RowTiles& tiles) {
     const Tile<N> tile(tiles, gridDim.x - 1 - blockIdx.x);
     if (!tile.inside) return;
     const int64_t of_group = tile.group * tiles.channels + tile.channel;
-    float m[N], s[N], b[N] = {};
-    load(m, mean + of_group);
-    load(s, scale + of_group);
-    if (beta) load(b, beta + tile.channel);
+    Channels<N> of;
+    of.load_mean_and_beta(mean + of_group, beta ? beta + tile.channel : nullptr);
+    load(of.scale, scale + of_group);
     for_rows<RESIDUAL ? 2 : 4>(tile, [&](int64_t i, auto count) {
         constexpr int U = decltype(count)::value;
         float v[U][N], r[U][N];
@@ -271,38 +335,42 @@ __device__ __forceinline__ void apply(const T* __restrict__ x, const T* __restri
         for (int u = 0; u < U; ++u)
 #pragma unroll
             for (int k = 0; k < N; ++k) {
-                float out = (v[u][k] - m[k]) * s[k] + b[k];
+                float out = of.normalised(k, v[u][k]);
                 if (RESIDUAL) out = to_float(from_float<T>(out)) + r[u][k];
                 v[u][k] = relu && !(out > 0.0f) ? 0.0f : out;
             }
         store_rows(y + i, v, tile.stride);
+        if (RESIDUAL && mask) store_mask<T>(mask + i / N, v, tile.stride / N);
     });
 }
 
 // d_x = scale (g - offset - (x - mean) slope), with g as in `backward_reduce`; adds g to d_residual, unless that is null. The
 // two may be the same tensor.
-template <int N, bool RELU, class T>
-__device__ __forceinline__ void backward_apply(const T* __restrict__ d_y, const T* __restrict__ x, const T* __restrict__ y,
-                                               const float* __restrict__ mean, const float* __restrict__ coefficients,
-                                               int64_t all, T* d_x, bool accumulate, T* d_residual,
+template <int N, int MASK, class T>
+__device__ __forceinline__ void backward_apply(const T* __restrict__ d_y, const T* __restrict__ x,
+                                               const uint8_t* __restrict__ mask, const float* __restrict__ mean,
+                                               const float* __restrict__ coefficients, int64_t all,
+                                               const float* __restrict__ beta, T* d_x, bool accumulate, T* d_residual,
                                                const RowTiles& tiles) {
     const Tile<N> tile(tiles, gridDim.x - 1 - blockIdx.x);
     if (!tile.inside) return;
     const int64_t of_group = tile.group * tiles.channels + tile.channel;
-    float m[N], scale[N], offset[N], slope[N];
-    load(m, mean + of_group);
-    load(scale, coefficients + of_group);
+    Channels<N> of;
+    float offset[N], slope[N];
+    of.load_mean_and_beta(mean + of_group, beta ? beta + tile.channel : nullptr);
+    load(of.scale, coefficients + of_group);
     load(offset, coefficients + all + of_group);
     load(slope, coefficients + 2 * all + of_group);
     for_rows<2>(tile, [&](int64_t i, auto count) {
         constexpr int U = decltype(count)::value;
         float g[U][N], v[U][N];
         load_rows(v, x + i, tile.stride);
-        load_masked<RELU>(g, d_y + i, y + i, tile.stride);
+        load_masked<MASK>(g, d_y, v, of, mask, i, tile.stride);
 #pragma unroll
         for (int u = 0; u < U; ++u)
 #pragma unroll
-            for (int k = 0; k < N; ++k) v[u][k] = scale[k] * (g[u][k] - offset[k] - (v[u][k] - m[k]) * slope[k]);
+            for (int k = 0; k < N; ++k)
+                v[u][k] = of.scale[k] * (g[u][k] - offset[k] - (v[u][k] - of.mean[k]) * slope[k]);
         store_rows(d_x + i, v, tile.stride, accumulate);
         if (d_residual) store_rows(d_residual + i, g, tile.stride, true);
     });
@@ -326,40 +394,39 @@ __device__ __forceinline__ void backward_apply(const T* __restrict__ d_y, const 
     EXPORT(batch_norm_finish_statistics_##S)                                                                                \
     KERNEL(TILE_THREADS)                                                                                                    \
     batch_norm_apply_##S(const T* x, const T* residual, const float* mean, const float* scale, const float* beta,           \
-                         int32_t relu, T* y, RowTiles tiles) {                                                              \
+                         int32_t relu, T* y, uint8_t* mask, RowTiles tiles) {                                               \
         with_width<T>(tiles.channels, [&](auto n) {                                                                         \
             constexpr int N = decltype(n)::value;                                                                           \
             if (residual) {                                                                                                 \
-                apply<N, true>(x, residual, mean, scale, beta, relu != 0, y, tiles);                                        \
+                apply<N, true>(x, residual, mean, scale, beta, relu != 0, y, mask, tiles);                                  \
             } else {                                                                                                        \
-                apply<N, false>(x, residual, mean, scale, beta, relu != 0, y, tiles);                                       \
+                apply<N, false>(x, residual, mean, scale, beta, relu != 0, y, mask, tiles);                                 \
             }                                                                                                               \
         });                                                                                                                 \
     }                                                                                                                       \
     EXPORT(batch_norm_apply_##S)                                                                                            \
     KERNEL_RESIDENT(TILE_THREADS, 2)                                                                                        \
-    batch_norm_backward_reduce_##S(const T* d_y, const T* x, const T* y, const float* mean, T* d_residual,                  \
+    batch_norm_backward_reduce_##S(const T* d_y, const T* x, int32_t masking, const uint8_t* mask, const float* mean,       \
+                                   const float* rstd, const float* gamma, const float* beta, T* d_residual,                 \
                                    Partial* partials, RowTiles tiles) {                                                     \
         with_width<T>(tiles.channels, [&](auto n) {                                                                         \
-            constexpr int N = decltype(n)::value;                                                                           \
-            if (y) {                                                                                                        \
-                backward_reduce<N, true>(d_y, x, y, mean, d_residual, partials, tiles);                                     \
-            } else {                                                                                                        \
-                backward_reduce<N, false>(d_y, x, y, mean, d_residual, partials, tiles);                                    \
-            }                                                                                                               \
+            with_masking(masking, [&](auto m) {                                                                             \
+                constexpr int N = decltype(n)::value, MASK = decltype(m)::value;                                            \
+                backward_reduce<N, MASK>(d_y, x, mask, mean, rstd, gamma, beta, d_residual, partials, tiles);               \
+            });                                                                                                             \
         });                                                                                                                 \
     }                                                                                                                       \
     EXPORT(batch_norm_backward_reduce_##S)                                                                                  \
-    KERNEL(TILE_THREADS)                                                                                                    \
-    batch_norm_backward_apply_##S(const T* d_y, const T* x, const T* y, const float* mean, const float* coefficients,       \
-                                  int64_t all, T* d_x, int32_t accumulate, T* d_residual, RowTiles tiles) {                 \
+    KERNEL_RESIDENT(TILE_THREADS, 2)                                                                                        \
+    batch_norm_backward_apply_##S(const T* d_y, const T* x, int32_t masking, const uint8_t* mask, const float* mean,        \
+                                  const float* coefficients, int64_t all, const float* beta, T* d_x, int32_t accumulate,    \
+                                  T* d_residual, RowTiles tiles) {                                                          \
         with_width<T>(tiles.channels, [&](auto n) {                                                                         \
-            constexpr int N = decltype(n)::value;                                                                           \
-            if (y) {                                                                                                        \
-                backward_apply<N, true>(d_y, x, y, mean, coefficients, all, d_x, accumulate != 0, d_residual, tiles);       \
-            } else {                                                                                                        \
-                backward_apply<N, false>(d_y, x, y, mean, coefficients, all, d_x, accumulate != 0, d_residual, tiles);      \
-            }                                                                                                               \
+            with_masking(masking, [&](auto m) {                                                                             \
+                constexpr int N = decltype(n)::value, MASK = decltype(m)::value;                                            \
+                backward_apply<N, MASK>(d_y, x, mask, mean, coefficients, all, beta, d_x, accumulate != 0, d_residual,      \
+                                        tiles);                                                                             \
+            });                                                                                                             \
         });                                                                                                                 \
     }                                                                                                                       \
     EXPORT(batch_norm_backward_apply_##S)

@@ -12,7 +12,7 @@ use super::plan::{flops, name_of};
 use super::preset::Preset;
 use crate::backend::cpu::Tier;
 use crate::error::{Error, Result};
-use crate::exec::{Device, DeviceChoice, Executor, Opened, Options, Precision};
+use crate::exec::{Device, DeviceChoice, Executor, Opened, Options, Precision, room};
 use crate::graph::{Plan, ValueId};
 use crate::nn::epilogues::Epilogues;
 use crate::nn::simsiam::{SimSiam, StepShape, TrainGraph, ViewSource};
@@ -26,8 +26,6 @@ const MAX_BATCH: usize = 1 << 16;
 const MAX_IMAGE_SIZE: usize = 8192;
 /// Random values that views are filled with, again and again; a prime, so that no row is like the last.
 const RANDOM_VALUES: usize = 1_000_003;
-/// Bytes of a device that `--batch largest` leaves alone: the captured graph, handles and kernels of the libraries.
-const LEFT_FREE: usize = 512 << 20;
 /// `--batch largest` is a multiple of it.
 const BATCH_STEP: usize = 8;
 /// Learning rate at batch 256, momentum and weight decay: the reference recipe's. They decide no time, but keep the weights
@@ -295,7 +293,7 @@ fn largest_batch(device: &Device, model: &SimSiam, step: &dyn Fn(usize) -> StepS
     let Device::Cuda(driver) = device else {
         return Err(Error::config("--batch", "largest: only CUDA devices have a memory of their own to fill"));
     };
-    let room = driver.memory()?.free.saturating_sub(LEFT_FREE);
+    let room = room(&**driver)?;
     let planned = |batch| {
         let graph = model.record_step(&step(batch))?;
         Ok::<_, Error>(Plan::new(&graph.tape, device.target())?.memory.total)
@@ -303,12 +301,7 @@ fn largest_batch(device: &Device, model: &SimSiam, step: &dyn Fn(usize) -> StepS
     let smallest = planned(BATCH_STEP)?;
     if smallest > room {
         let hint = Some(format!("not even a batch of {BATCH_STEP} fits: use a smaller --image-size or --arch"));
-        return Err(Error::OutOfMemory {
-            device: driver.name(),
-            needed: smallest + LEFT_FREE,
-            free: room + LEFT_FREE,
-            hint,
-        });
+        return Err(Error::OutOfMemory { device: driver.name(), needed: smallest, free: room, hint });
     }
     // Memory grows with the batch: halve the range between one that fits and one that does not.
     let (mut fits, mut too_large) = (1, MAX_BATCH / BATCH_STEP + 1);

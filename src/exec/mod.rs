@@ -9,7 +9,7 @@ mod program;
 
 pub use choice::{DeviceChoice, Opened, Precision};
 pub use cpu::CpuExecutor;
-pub use cuda::{CudaExecutor, Options};
+pub use cuda::{CudaExecutor, Options, room};
 pub use device::Device;
 
 use std::fmt::Debug;

@@ -23,6 +23,8 @@ use capture::{Capture, Mode, SLOTS};
 use feed::{Feed, Watched};
 use memory::{Arena, Memory};
 
+pub use memory::room;
+
 /// How a CUDA executor works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {

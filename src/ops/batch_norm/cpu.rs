@@ -4,8 +4,8 @@ use rayon::prelude::*;
 
 use crate::backend::cpu::{CpuIo, Real};
 
-use super::sums::{BLOCKS, block_rows, group_sums};
-use super::{BatchNorm, BatchNormBackward, BatchNormEval};
+use super::sums::{block_rows, group_sums};
+use super::{BatchNorm, BatchNormBackward, BatchNormEval, Mask, pack};
 
 /// Per-channel coefficients of one group: `y = (x - mean) scale + beta`.
 struct Coefficients<T> {
@@ -46,7 +46,7 @@ pub(super) fn forward<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) {
 
     // Sums of x - shift and its square, with the first row of the group as shift: exact where the mean is large.
     let group_len = group_rows * channels;
-    let shifted = |group: usize, row: usize, first: &mut [T], second: &mut [T]| {
+    let shifted = |group: usize, row: usize, [first, second]: [&mut [T]; 2], _: &mut [T]| {
         let shift = &x[group * group_len..][..channels];
         let x = &x[row * channels..][..channels];
         let (first, second) = (&mut first[..channels], &mut second[..channels]);
@@ -79,6 +79,18 @@ pub(super) fn forward<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) {
         apply(&mut io.outputs[0].get::<T>()[span.clone()], &x[span.clone()], residual, op.fusion.relu, &k);
     }
     io.updates[2].get::<i64>()[0] += op.groups as i64;
+    if op.fusion.mask() == Mask::Stored {
+        let pack = pack(io.inputs[0].desc);
+        let (head, tail) = io.outputs.split_at_mut(3);
+        store_mask(tail[0].get::<u8>(), head[0].get::<T>(), pack);
+    }
+}
+
+/// A bit for each element of y that is greater than 0; `pack` of them to a byte.
+fn store_mask<T: Real>(mask: &mut [u8], y: &[T], pack: usize) {
+    mask.par_iter_mut().zip(y.par_chunks(pack)).with_min_len(1 << 12).for_each(|(bits, y)| {
+        *bits = y.iter().enumerate().map(|(k, &y)| u8::from(y > T::ZERO) << k).sum();
+    });
 }
 
 /// `r = (1 - momentum) r + momentum value`.
@@ -92,7 +104,8 @@ fn coefficients<T: Real>(mean: &[f64], rstd: &[f64], affine: Option<(&[T], &[T])
     let mean = mean.iter().map(|&m| T::of(m)).collect();
     match affine {
         Some((gamma, beta)) => {
-            let scale = gamma.iter().zip(rstd).map(|(g, r)| T::of(g.to_f64() * r)).collect();
+            // Of the rounded rstd, which is all that the gradient knows when it computes the same again.
+            let scale = gamma.iter().zip(rstd).map(|(&g, &r)| g * T::of(r)).collect();
             Coefficients { mean, scale, beta: beta.to_vec() }
         }
         None => {
@@ -112,6 +125,64 @@ pub(super) fn eval<T: Real>(op: &BatchNormEval, io: &mut CpuIo<'_>) {
     apply(io.outputs[0].get::<T>(), io.inputs[0].get::<T>(), residual, op.fusion.relu, &k);
 }
 
+/// d_y behind the mask of the ReLU, a row at a time.
+struct Masked<'a, T> {
+    channels: usize,
+    group_rows: usize,
+    d_y: &'a [T],
+    x: &'a [T],
+    mask: MaskData<'a, T>,
+}
+
+/// What decides which elements pass.
+enum MaskData<'a, T> {
+    None,
+    /// One for each group.
+    OfX(Vec<Coefficients<T>>),
+    /// Bits, and how many of them a byte has.
+    Stored(&'a [u8], usize),
+}
+
+impl<T: Real> Masked<'_, T> {
+    /// The gradient of row `row`, in `g` where it is not d_y itself.
+    fn row<'a>(&'a self, row: usize, g: &'a mut [T]) -> &'a [T] {
+        let span = row * self.channels..(row + 1) * self.channels;
+        let d_y = &self.d_y[span.clone()];
+        match &self.mask {
+            MaskData::None => return d_y,
+            MaskData::OfX(groups) => {
+                let k = &groups[row / self.group_rows];
+                let (x, g) = (&self.x[span], &mut g[..d_y.len()]);
+                for c in 0..d_y.len() {
+                    let open = (x[c] - k.mean[c]) * k.scale[c] + k.beta[c] > T::ZERO;
+                    g[c] = if open { d_y[c] } else { T::ZERO };
+                }
+            }
+            MaskData::Stored(bits, pack) => {
+                let bits = &bits[span.start / pack..span.end / pack];
+                for ((g, d_y), bits) in g.chunks_mut(*pack).zip(d_y.chunks(*pack)).zip(bits) {
+                    for (k, (g, d_y)) in g.iter_mut().zip(d_y).enumerate() {
+                        *g = if bits >> k & 1 != 0 { *d_y } else { T::ZERO };
+                    }
+                }
+            }
+        }
+        g
+    }
+
+    /// Calls `f(row, out, g)` for every row of `out`, a tensor like x, in parallel over blocks of rows.
+    fn for_rows(&self, out: &mut [T], f: impl Fn(usize, &mut [T], &[T]) + Sync) {
+        let rows = block_rows(out.len() / self.channels);
+        out.par_chunks_mut(rows * self.channels).enumerate().for_each(|(block, out)| {
+            let mut g = vec![T::ZERO; self.channels];
+            for (i, out) in out.chunks_exact_mut(self.channels).enumerate() {
+                let row = block * rows + i;
+                f(row, out, self.row(row, &mut g));
+            }
+        });
+    }
+}
+
 /// With g the masked d_y, x̂ = (x - mean) rstd and M rows per group:
 /// d_beta = sum g, d_gamma = sum g x̂, d_x = gamma rstd (g - sum(g)/M - x̂ sum(g x̂)/M).
 pub(super) fn backward<T: Real>(op: &BatchNormBackward, io: &mut CpuIo<'_>) {
@@ -119,54 +190,56 @@ pub(super) fn backward<T: Real>(op: &BatchNormBackward, io: &mut CpuIo<'_>) {
     let group_rows = io.inputs[1].desc.shape.rows() / op.groups;
     let (d_y, x) = (io.inputs[0].get::<T>(), io.inputs[1].get::<T>());
     let (mean, rstd) = (io.inputs[2].get::<T>(), io.inputs[3].get::<T>());
-    let gamma = op.fusion.affine.then(|| io.inputs[4].get::<T>());
-    let y = op.fusion.relu.then(|| io.inputs[io.inputs.len() - 1].get::<T>());
+    let affine = op.affine.then(|| (io.inputs[4].get::<T>(), io.inputs[5].get::<T>()));
+    let of_group = |group: usize| group * channels..(group + 1) * channels;
+    let mask = match op.mask {
+        Mask::None => MaskData::None,
+        Mask::OfX => {
+            let of_group = |group| recomputed(&mean[of_group(group)], &rstd[of_group(group)], affine);
+            MaskData::OfX((0..op.groups).map(of_group).collect())
+        }
+        Mask::Stored => MaskData::Stored(io.inputs[io.inputs.len() - 1].get::<u8>(), pack(io.inputs[1].desc)),
+    };
+    let masked = Masked { channels, group_rows, d_y, x, mask };
 
-    let sums = group_sums::<T>(io.workspace, (op.groups, group_rows, channels), |group, row, first, second| {
-        let mean = &mean[group * channels..][..channels];
-        let span = row * channels..(row + 1) * channels;
-        let (x, d_y) = (&x[span.clone()], &d_y[span.clone()]);
+    let sums = group_sums::<T>(io.workspace, (op.groups, group_rows, channels), |group, row, [first, second], g| {
+        let (mean, x) = (&mean[of_group(group)], &x[row * channels..][..channels]);
+        let g = &masked.row(row, g)[..channels];
         let (first, second) = (&mut first[..channels], &mut second[..channels]);
-        match y.map(|y| &y[span]) {
-            Some(y) => {
-                for c in 0..channels {
-                    let g = if y[c] > T::ZERO { d_y[c] } else { T::ZERO };
-                    first[c] += g;
-                    second[c] += g * (x[c] - mean[c]);
-                }
-            }
-            None => {
-                for c in 0..channels {
-                    first[c] += d_y[c];
-                    second[c] += d_y[c] * (x[c] - mean[c]);
-                }
-            }
+        for c in 0..channels {
+            first[c] += g[c];
+            second[c] += g[c] * (x[c] - mean[c]);
         }
     });
-    if op.fusion.affine {
+    if op.affine {
         write_affine_gradients::<T>(io, &sums, rstd, channels);
     }
-    let others = io.outputs.len() - usize::from(op.fusion.residual);
+    let others = io.outputs.len() - usize::from(op.residual);
     let (head, tail) = io.outputs.split_at_mut(others);
-    let d_x = &mut head[0];
-    for group in 0..op.groups {
-        let span = group * group_rows * channels..(group + 1) * group_rows * channels;
-        let statistics = group * channels..(group + 1) * channels;
-        let sums = &sums[group * 2 * channels..][..2 * channels];
-        let k = GroupGradient::new(sums, &mean[statistics.clone()], &rstd[statistics], gamma, group_rows);
-        let accumulate = d_x.accumulate;
-        k.input_gradient(
-            &mut d_x.get::<T>()[span.clone()],
-            &d_y[span.clone()],
-            &x[span.clone()],
-            y.map(|y| &y[span.clone()]),
-            accumulate,
-        );
-        if let Some(d_residual) = tail.first_mut() {
-            let accumulate = d_residual.accumulate;
-            masked(&mut d_residual.get::<T>()[span.clone()], &d_y[span.clone()], y.map(|y| &y[span]), accumulate);
-        }
+    let groups: Vec<GroupGradient<T>> = (0..op.groups)
+        .map(|group| {
+            let sums = &sums[group * 2 * channels..][..2 * channels];
+            let gamma = affine.map(|(gamma, _)| gamma);
+            GroupGradient::new(sums, &mean[of_group(group)], &rstd[of_group(group)], gamma, group_rows)
+        })
+        .collect();
+    let accumulate = head[0].accumulate;
+    masked.for_rows(head[0].get::<T>(), |row, d_x, g| {
+        groups[row / group_rows].input_gradient(d_x, g, &x[row * channels..][..channels], accumulate);
+    });
+    if let Some(d_residual) = tail.first_mut() {
+        let accumulate = d_residual.accumulate;
+        masked.for_rows(d_residual.get::<T>(), |_, d_residual, g| match accumulate {
+            true => d_residual.iter_mut().zip(g).for_each(|(d, g)| *d += *g),
+            false => d_residual.copy_from_slice(g),
+        });
     }
+}
+
+/// The coefficients of the forward pass, bit for bit.
+fn recomputed<T: Real>(mean: &[T], rstd: &[T], affine: Option<(&[T], &[T])>) -> Coefficients<T> {
+    let [mean, rstd] = [mean, rstd].map(|values| values.iter().map(|v| v.to_f64()).collect::<Vec<f64>>());
+    coefficients(&mean, &rstd, affine)
 }
 
 fn write_affine_gradients<T: Real>(io: &mut CpuIo<'_>, sums: &[f64], rstd: &[T], channels: usize) {
@@ -202,38 +275,15 @@ impl<T: Real> GroupGradient<T> {
         }
     }
 
-    fn input_gradient(&self, d_x: &mut [T], d_y: &[T], x: &[T], y: Option<&[T]>, accumulate: bool) {
+    /// d_x of one row.
+    fn input_gradient(&self, d_x: &mut [T], g: &[T], x: &[T], accumulate: bool) {
         let channels = self.mean.len();
-        let chunk = block_rows(x.len() / channels) * channels;
         let (mean, scale) = (&self.mean[..channels], &self.scale[..channels]);
         let (offset, slope) = (&self.offset[..channels], &self.slope[..channels]);
-        d_x.par_chunks_mut(chunk).enumerate().for_each(|(i, d_x)| {
-            for (row, d_x) in d_x.chunks_exact_mut(channels).enumerate() {
-                let span = i * chunk + row * channels..i * chunk + (row + 1) * channels;
-                let (x, d_y) = (&x[span.clone()], &d_y[span.clone()]);
-                let y = y.map(|y| &y[span]);
-                for c in 0..channels {
-                    let open = y.is_none_or(|y| y[c] > T::ZERO);
-                    let g = if open { d_y[c] } else { T::ZERO };
-                    let value = scale[c] * (g - offset[c] - (x[c] - mean[c]) * slope[c]);
-                    d_x[c] = if accumulate { d_x[c] + value } else { value };
-                }
-            }
-        });
-    }
-}
-
-/// `d_residual = d_y` where y > 0, else 0 (everywhere `d_y` without a ReLU).
-fn masked<T: Real>(d_residual: &mut [T], d_y: &[T], y: Option<&[T]>, accumulate: bool) {
-    let chunk = d_y.len().div_ceil(BLOCKS).max(1);
-    d_residual.par_chunks_mut(chunk).enumerate().for_each(|(i, d_residual)| {
-        let span = i * chunk..i * chunk + d_residual.len();
-        let d_y = &d_y[span.clone()];
-        let y = y.map(|y| &y[span]);
-        for (j, d) in d_residual.iter_mut().enumerate() {
-            let open = y.is_none_or(|y| y[j] > T::ZERO);
-            let value = if open { d_y[j] } else { T::ZERO };
-            *d = if accumulate { *d + value } else { value };
+        let (d_x, g, x) = (&mut d_x[..channels], &g[..channels], &x[..channels]);
+        for c in 0..channels {
+            let value = scale[c] * (g[c] - offset[c] - (x[c] - mean[c]) * slope[c]);
+            d_x[c] = if accumulate { d_x[c] + value } else { value };
         }
-    });
+    }
 }

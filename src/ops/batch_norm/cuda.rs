@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::ops::row_tiles::{RowTiles, Rows};
 use crate::tensor::TensorDesc;
 
-use super::{BatchNorm, BatchNormBackward, BatchNormEval};
+use super::{BatchNorm, BatchNormBackward, BatchNormEval, Mask};
 
 kernels! { "batch_norm";
     /// Partial sums of x - shift and its square.
@@ -27,14 +27,14 @@ kernels! { "batch_norm";
     /// y = act((x - mean) scale + beta + residual)
     fn batch_norm_apply[F32, Bf16, F16; 256](
         x: DevicePtr, residual: DevicePtr, mean: DevicePtr, scale: DevicePtr, beta: DevicePtr, relu: i32, y: DevicePtr,
-        tiles: RowTiles,
+        mask: DevicePtr, tiles: RowTiles,
     );
     /// scale = gamma / sqrt(running_var + eps)
     fn batch_norm_eval_scale[; 256](variance: DevicePtr, gamma: DevicePtr, eps: f64, scale: DevicePtr, channels: i32);
     /// Partial sums of the masked d_y and of its product with x - mean; d_residual.
     fn batch_norm_backward_reduce[F32, Bf16, F16; 256](
-        d_y: DevicePtr, x: DevicePtr, y: DevicePtr, mean: DevicePtr, d_residual: DevicePtr, partials: DevicePtr,
-        tiles: RowTiles,
+        d_y: DevicePtr, x: DevicePtr, masking: i32, mask: DevicePtr, mean: DevicePtr, rstd: DevicePtr, gamma: DevicePtr,
+        beta: DevicePtr, d_residual: DevicePtr, partials: DevicePtr, tiles: RowTiles,
     );
     /// Combines them: d_gamma, d_beta, the coefficients for `batch_norm_backward_apply`.
     fn batch_norm_finish_backward[; 512](
@@ -43,9 +43,20 @@ kernels! { "batch_norm";
     );
     /// d_x; adds to d_residual
     fn batch_norm_backward_apply[F32, Bf16, F16; 256](
-        d_y: DevicePtr, x: DevicePtr, y: DevicePtr, mean: DevicePtr, coefficients: DevicePtr, all: i64, d_x: DevicePtr,
-        accumulate: i32, d_residual: DevicePtr, tiles: RowTiles,
+        d_y: DevicePtr, x: DevicePtr, masking: i32, mask: DevicePtr, mean: DevicePtr, coefficients: DevicePtr, all: i64,
+        beta: DevicePtr, d_x: DevicePtr, accumulate: i32, d_residual: DevicePtr, tiles: RowTiles,
     );
+}
+
+impl Mask {
+    /// `Masking` in `kernels/batch_norm.cu`.
+    fn code(self) -> i32 {
+        match self {
+            Mask::None => 0,
+            Mask::OfX => 1,
+            Mask::Stored => 2,
+        }
+    }
 }
 
 /// Bytes of the two sums of each channel and tile.
@@ -58,7 +69,7 @@ pub(super) fn workspace_bytes(x: &TensorDesc, groups: usize, arrays: usize) -> u
     partials_bytes(&Rows::new(x, groups)) + arrays * groups * x.shape.channels() * size_of::<f32>()
 }
 
-/// Scratch of the forward pass behind any partial sums: the scale of each channel and group.
+/// Scratch of a forward pass whose sums are given: the scale of each channel and group.
 pub(super) fn scale_bytes(x: &TensorDesc, groups: usize) -> usize {
     groups * x.shape.channels() * size_of::<f32>()
 }
@@ -74,8 +85,10 @@ pub(super) fn forward(op: &BatchNorm, io: &CudaIo<'_>) -> Result<()> {
     let tiles = rows.streaming();
     let relu = i32::from(op.fusion.relu);
     let (x, mean) = (io.inputs[0].ptr, io.outputs[1].ptr);
-    let call = batch_norm_apply(io.dtype(), x, residual, mean, scale, beta, relu, io.outputs[0].ptr, tiles);
-    // SAFETY: `infer` checked that the residual is like x and beta has its channels, and made y like x.
+    let mask = io.outputs.get(3).map_or(DevicePtr::NULL, |mask| mask.ptr);
+    let call = batch_norm_apply(io.dtype(), x, residual, mean, scale, beta, relu, io.outputs[0].ptr, mask, tiles);
+    // SAFETY: `infer` checked that the residual is like x and beta has its channels, and made y like x and the mask with a
+    // byte for each pack.
     unsafe { io.launch(rows.grid(tiles), call) }
 }
 
@@ -169,7 +182,8 @@ pub(super) fn eval(op: &BatchNormEval, io: &CudaIo<'_>) -> Result<()> {
 
     let tiles = rows.streaming();
     let relu = i32::from(op.fusion.relu);
-    let call = batch_norm_apply(io.dtype(), x, residual, mean, scale, beta, relu, io.outputs[0].ptr, tiles);
+    let y = io.outputs[0].ptr;
+    let call = batch_norm_apply(io.dtype(), x, residual, mean, scale, beta, relu, y, DevicePtr::NULL, tiles);
     // SAFETY: `infer` checked that running_mean and beta have x's channels and the residual is like x, and made y like x.
     unsafe { io.launch(rows.grid(tiles), call) }
 }
@@ -178,10 +192,13 @@ pub(super) fn backward(op: &BatchNormBackward, io: &CudaIo<'_>) -> Result<()> {
     let rows = Rows::new(io.inputs[1].desc, op.groups);
     let dtype = io.dtype();
     let [d_y, x, mean, rstd] = [0, 1, 2, 3].map(|i| io.inputs[i].ptr);
-    let gamma = if op.fusion.affine { io.inputs[4].ptr } else { DevicePtr::NULL };
-    let y = if op.fusion.relu { io.inputs[io.inputs.len() - 1].ptr } else { DevicePtr::NULL };
+    let (gamma, beta) = match op.affine {
+        true => (io.inputs[4].ptr, io.inputs[5].ptr),
+        false => (DevicePtr::NULL, DevicePtr::NULL),
+    };
+    let mask = if op.mask == Mask::Stored { io.inputs[io.inputs.len() - 1].ptr } else { DevicePtr::NULL };
     let d_x = &io.outputs[0];
-    let d_residual = op.fusion.residual.then(|| &io.outputs[io.outputs.len() - 1]);
+    let d_residual = op.residual.then(|| &io.outputs[io.outputs.len() - 1]);
     let (partials, coefficients) = (io.workspace, io.workspace.offset(partials_bytes(&rows)));
 
     // A residual's gradient that overwrites is written by the first pass and spares the second one the mask.
@@ -189,12 +206,26 @@ pub(super) fn backward(op: &BatchNormBackward, io: &CudaIo<'_>) -> Result<()> {
     let late = d_residual.filter(|output| output.accumulate).map(|output| output.ptr);
 
     let tiles = rows.summing();
-    let call = batch_norm_backward_reduce(dtype, d_y, x, y, mean, early.unwrap_or_default(), partials, tiles);
-    // SAFETY: `infer` checked that d_y is like x and made d_residual so; y and mean are outputs of the forward op, like x
-    // and [groups, channels]; `cuda_workspace` counted two sums for each channel of the tiles.
+    let call = batch_norm_backward_reduce(
+        dtype,
+        d_y,
+        x,
+        op.mask.code(),
+        mask,
+        mean,
+        rstd,
+        gamma,
+        beta,
+        early.unwrap_or_default(),
+        partials,
+        tiles,
+    );
+    // SAFETY: `infer` checked that d_y is like x and made d_residual so; mask, mean and rstd are outputs of the forward op, a
+    // byte for each pack of x and [groups, channels], and gamma and beta its inputs, [channels]; `cuda_workspace` counted two
+    // sums for each channel of the tiles.
     unsafe { io.launch(rows.grid(tiles), call)? };
 
-    let affine = |i: usize| match op.fusion.affine {
+    let affine = |i: usize| match op.affine {
         true => (io.outputs[i].ptr, i32::from(io.outputs[i].accumulate)),
         false => (DevicePtr::NULL, 0),
     };
@@ -218,17 +249,19 @@ pub(super) fn backward(op: &BatchNormBackward, io: &CudaIo<'_>) -> Result<()> {
     // d_beta like gamma; `cuda_workspace` counted three coefficients per channel and group behind the partial sums.
     unsafe { io.launch(combining_grid(&rows), call)? };
 
-    let (g, mask) = early.map_or((d_y, y), |masked| (masked, DevicePtr::NULL));
+    let (g, masking) = early.map_or((d_y, op.mask), |masked| (masked, Mask::None));
     let all = (rows.groups * rows.channels) as i64;
     let tiles = rows.streaming();
     let call = batch_norm_backward_apply(
         dtype,
         g,
         x,
+        masking.code(),
         mask,
         mean,
         coefficients,
         all,
+        beta,
         d_x.ptr,
         i32::from(d_x.accumulate),
         late.unwrap_or_default(),

@@ -29,6 +29,40 @@ impl Fusion {
     fn residual_input(self) -> usize {
         if self.affine { 3 } else { 1 }
     }
+
+    /// Where the gradient finds the outputs that are greater than 0. Neither way takes a pass over y: without a residual x
+    /// and the statistics say as much, with one the forward pass has left a bit for each of them.
+    fn mask(self) -> Mask {
+        match (self.relu, self.residual) {
+            (false, _) => Mask::None,
+            (true, false) => Mask::OfX,
+            (true, true) => Mask::Stored,
+        }
+    }
+}
+
+/// Which elements of a gradient pass the ReLU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mask {
+    /// All: there is no ReLU.
+    None,
+    /// Those with `(x - mean) scale + beta > 0`, computed with the forward pass's roundings.
+    OfX,
+    /// Those whose bit is set: see [`mask_desc`].
+    Stored,
+}
+
+/// The stored mask of a tensor like x, `[rows, packs]`: a byte for each pack of channels, which is what a thread of the
+/// kernels loads at once (16 bytes where rows are a multiple of that, else one element), with the first channel as its
+/// lowest bit.
+fn mask_desc(x: &TensorDesc) -> TensorDesc {
+    TensorDesc::new([x.shape.rows(), x.shape.channels() / pack(x)], DType::U8)
+}
+
+/// Channels that share a byte of a mask.
+fn pack(x: &TensorDesc) -> usize {
+    let widest = 16 / x.dtype.size();
+    if x.shape.channels().is_multiple_of(widest) { widest } else { 1 }
 }
 
 /// Training-mode batch norm.
@@ -37,7 +71,7 @@ impl Fusion {
 /// outermost dimension is split into `groups` equal parts (the views), each normalised by its own mean and biased variance.
 /// With `sums_given` the last input is `[groups, 2, c]`: the sums of x and of x^2, which the convolution that made x has
 /// computed (see `Conv2d`). Without a shift they cancel in the variance where a mean is many times the spread.
-/// Outputs y (like x), mean `[groups, c]`, rstd `[groups, c]`.
+/// Outputs y (like x), mean `[groups, c]`, rstd `[groups, c]`; behind a residual and ReLU the mask y > 0 as well.
 /// Updates running_mean `[c]` and running_var `[c]` once per group in order (`r = (1 - momentum) r + momentum s`, with the
 /// unbiased variance), and num_batches_tracked by the number of groups: PyTorch's behaviour for one forward per view.
 #[derive(Debug, Clone, Copy)]
@@ -102,7 +136,9 @@ impl Op for BatchNorm {
                 sums => return Err(Error::shape("batch_norm", "sums", expected, sums.unwrap_or(&x))),
             }
         }
-        Ok(vec![x.clone(), statistics.clone(), statistics])
+        let mut outputs = vec![x.clone(), statistics.clone(), statistics];
+        outputs.extend((self.fusion.mask() == Mask::Stored).then(|| mask_desc(x)));
+        Ok(outputs)
     }
 
     fn workspace(&self, inputs: &[&TensorDesc]) -> usize {
@@ -110,16 +146,17 @@ impl Op for BatchNorm {
     }
 
     fn backward(&self, g: &mut GradBuilder<'_>) -> Result<()> {
+        let (affine, mask) = (self.fusion.affine, self.fusion.mask());
         let residual = self.fusion.residual && g.needs(self.fusion.residual_input());
-        let op = BatchNormBackward { groups: self.groups, fusion: Fusion { residual, ..self.fusion } };
+        let op = BatchNormBackward { groups: self.groups, affine, mask, residual };
         let mut inputs = vec![g.d_output(0)?, g.input(0), g.output(1), g.output(2)];
         let mut targets = vec![Some(0)];
-        if self.fusion.affine {
-            inputs.push(g.input(1));
+        if affine {
+            inputs.extend([g.input(1), g.input(2)]);
             targets.extend([Some(1), Some(2)]);
         }
-        if self.fusion.relu {
-            inputs.push(g.output(0));
+        if mask == Mask::Stored {
+            inputs.push(g.output(3));
         }
         if residual {
             targets.push(Some(self.fusion.residual_input()));
@@ -152,12 +189,15 @@ impl Op for BatchNorm {
 
 /// The gradient of [`BatchNorm`].
 ///
-/// Inputs d_y, x, mean, rstd, then gamma if affine, then y if ReLU (its sign is the mask). Outputs d_x, then d_gamma and
-/// d_beta if affine, then d_residual (the masked d_y) if `fusion.residual`.
+/// Inputs d_y, x, mean, rstd, then gamma and beta if affine, then the mask if it is a stored one. Outputs d_x, then d_gamma
+/// and d_beta if affine, then d_residual (the masked d_y) if it is wanted.
 #[derive(Debug, Clone, Copy)]
 struct BatchNormBackward {
     groups: usize,
-    fusion: Fusion,
+    affine: bool,
+    mask: Mask,
+    /// Whether the gradient of a residual is wanted.
+    residual: bool,
 }
 
 impl Op for BatchNormBackward {
@@ -171,10 +211,10 @@ impl Op for BatchNormBackward {
             return Err(Error::shape("batch_norm_backward", "d_y", x, d_y));
         }
         let mut outputs = vec![x.clone()];
-        if self.fusion.affine {
+        if self.affine {
             outputs.extend([inputs[4].clone(), inputs[4].clone()]);
         }
-        if self.fusion.residual {
+        if self.residual {
             outputs.push(x.clone());
         }
         Ok(outputs)
@@ -188,10 +228,9 @@ impl Op for BatchNormBackward {
         true
     }
 
-    /// d_y, x and the mask are read again once their sums are known; with a residual its gradient stands in for d_y and mask.
+    /// d_y (or the residual's gradient in its stead) and x are read again once their sums are known.
     fn bytes(&self, inputs: &[&TensorDesc], outputs: &[&TensorDesc]) -> u64 {
-        let again = if self.fusion.relu && !self.fusion.residual { 3 } else { 2 };
-        total_bytes(inputs) + total_bytes(outputs) + again * inputs[1].bytes() as u64
+        total_bytes(inputs) + total_bytes(outputs) + 2 * inputs[1].bytes() as u64
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {

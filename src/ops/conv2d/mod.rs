@@ -27,8 +27,8 @@ pub enum Join {
 }
 
 /// `y = conv(x, w)`; x: `[n][h][w][c_in]`, w: `[c_out][kh][kw][c_in]`, y: `[n][oh][ow][c_out]`. No bias: a batch norm follows.
-/// With `statistics` there is a second output for it, the sums of y and of y^2 over each group's part of the batch, `[groups][2][c_out]`
-/// in float32 (float64 of float64): only batch norm, whose own gradient accounts for them, may take it.
+/// With `statistics` there is a second output for it, the sums of y and of y^2 over each group's part of the batch,
+/// `[groups][2][c_out]` in float32 (float64 of float64): only batch norm, whose own gradient accounts for them, may take it.
 #[derive(Debug, Clone, Copy)]
 pub struct Conv2d {
     /// Stride, vertical and horizontal.
@@ -144,7 +144,7 @@ impl Op for Conv2d {
 /// The sums of y and of y^2 over the rows of each group, `[groups][2][channels]`.
 fn statistics<T: Real>(y: &[T], (groups, channels): (usize, usize), workspace: &mut [u8], sums: &mut [T]) {
     let group_rows = y.len() / channels / groups;
-    let totals = group_sums::<T>(workspace, (groups, group_rows, channels), |_, row, first, second| {
+    let totals = group_sums::<T>(workspace, (groups, group_rows, channels), |_, row, [first, second], _| {
         let y = &y[row * channels..][..channels];
         let (first, second) = (&mut first[..channels], &mut second[..channels]);
         for c in 0..channels {

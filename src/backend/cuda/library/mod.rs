@@ -186,7 +186,7 @@ pub struct Operands {
 pub struct Choice {
     /// Whether float32 operands may be rounded to TF32.
     pub tf32: bool,
-    /// Time every candidate that the heuristics name, instead of only cuDNN's first against cuBLASLt's first.
+    /// Time every candidate that the heuristics name, instead of only the first few of each library.
     pub autotune: bool,
 }
 
