@@ -221,7 +221,13 @@ fn every_forward_convolution_has_a_precompiled_plan_with_statistics_where_the_de
         let target = Target::described(&cudnn, json).unwrap();
         let works = fused_convolutions(views, DType::F16);
         let (mut engines, mut workspace, mut without) = (BTreeMap::new(), 0, vec![]);
-        let with_statistics: Vec<_> = works.iter().filter(|one| one.direction == Direction::Forward).collect();
+        // What the default takes: all but the stems' 7x7.
+        let forward = works.iter().filter(|one| one.direction == Direction::Forward);
+        let (with_statistics, stems): (Vec<_>, Vec<_>) = forward.partition(|one| one.geometry.kernel[0] <= 3);
+        for one in &stems {
+            let plan = first_plan(&cudnn, &target, one, false, false).map(|plan| plan.engine);
+            println!("{name}, {views} views: {:?}: {plan:?}", one.geometry);
+        }
         assert!(with_statistics.len() > 100, "{} works only: the tape was not read", with_statistics.len());
         for one in with_statistics {
             assert_eq!(one.fused, Fused::Statistics { groups: 2 });

@@ -125,10 +125,12 @@ impl<'t> Builder<'t> {
         let desc = TensorDesc::new([c_out, kernel, kernel, c_in], self.master());
         let w = self.param(&format!("{name}.weight"), desc, init);
         let statistics = match self.mode {
-            Mode::Train { groups } if self.epilogues.statistics.contain(name, [channels, c_out]) => Some(groups),
+            Mode::Train { groups } if self.epilogues.statistics.contain(name, kernel, [channels, c_out]) => {
+                Some(groups)
+            }
             _ => None,
         };
-        let join = self.epilogues.join(name);
+        let join = self.epilogues.join(name, kernel, [channels, c_out]);
         let op = Conv2d { statistics, join, ..Conv2d::new([stride; 2], [padding; 2]) };
         let outputs = self.tape.scoped(name, |tape| {
             let mut w = low_precision(tape, w, self.dtype)?;

@@ -8,8 +8,9 @@ use crate::error::{Error, Result};
 use crate::graph::{Phase, Tape};
 use crate::ops::conv2d::Join;
 
-/// Channels that 16-bit tensor cores take at once.
+/// What the channels of an ordinary convolution are multiples of, and the largest side of its kernel.
 const CHANNELS: usize = 8;
+const KERNEL: usize = 3;
 /// Layers that an error names.
 const NAMED: usize = 4;
 
@@ -18,8 +19,8 @@ const NAMED: usize = 4;
 pub enum Layers {
     /// All of them.
     All,
-    /// Those with a multiple of 8 channels on both sides.
-    MultiplesOf8,
+    /// Those with kernels up to 3x3 and a multiple of 8 channels on both sides: all but a stem's 7x7 in the usual networks.
+    Ordinary,
     /// Those with one of these names, and those below it: `encoder.layer1` has `encoder.layer1.0.conv2`, but not
     /// `encoder.layer10.0.conv2`.
     Named(Vec<String>),
@@ -29,11 +30,12 @@ impl Layers {
     /// None of them.
     pub const NONE: Layers = Layers::Named(Vec::new());
 
-    /// Whether the convolution `layer` from c_in to c_out channels is among them.
-    pub fn contain(&self, layer: &str, channels: [usize; 2]) -> bool {
+    /// Whether the convolution `layer` is among them, whose weight has `kernel` x `kernel` elements for each of c_in times
+    /// c_out channels.
+    pub fn contain(&self, layer: &str, kernel: usize, channels: [usize; 2]) -> bool {
         match self {
             Layers::All => true,
-            Layers::MultiplesOf8 => channels.iter().all(|c| c.is_multiple_of(CHANNELS)),
+            Layers::Ordinary => kernel <= KERNEL && channels.iter().all(|c| c.is_multiple_of(CHANNELS)),
             Layers::Named(names) => names.iter().any(|name| is_below(layer, name)),
         }
     }
@@ -82,7 +84,7 @@ impl Display for Layers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Layers::All => f.write_str("all"),
-            Layers::MultiplesOf8 => f.write_str("all with a multiple of 8 channels"),
+            Layers::Ordinary => f.write_str("all up to 3x3 with multiples of 8 channels"),
             Layers::Named(names) if names.is_empty() => f.write_str("none"),
             Layers::Named(names) => f.write_str(&names.join(",")),
         }
@@ -101,9 +103,9 @@ pub struct ResidualGradient {
 }
 
 impl ResidualGradient {
-    /// How it is added where `layer` computes it.
-    fn of(&self, layer: &str) -> Join {
-        if self.layers.contain(layer, [0; 2]) { self.join } else { Join::Accumulate }
+    /// How it is added where `layer` computes it, whose kernel and channels are as for [`Layers::contain`].
+    fn of(&self, layer: &str, kernel: usize, channels: [usize; 2]) -> Join {
+        if self.layers.contain(layer, kernel, channels) { self.join } else { Join::Accumulate }
     }
 }
 
@@ -172,8 +174,8 @@ impl Default for Epilogues {
 
 impl Epilogues {
     /// How the input's gradient of the convolution `layer` is added to another one.
-    pub(super) fn join(&self, layer: &str) -> Join {
-        self.residual_gradient.of(layer)
+    pub(super) fn join(&self, layer: &str, kernel: usize, channels: [usize; 2]) -> Join {
+        self.residual_gradient.of(layer, kernel, channels)
     }
 
     /// Checks that every layer that was named is on a recorded step's tape, and that what was asked of it could be done.
@@ -220,11 +222,14 @@ mod tests {
             ("encoder.conv1", true),
             ("encoder.layer2.0.conv1", false),
         ] {
-            assert_eq!(some.contain(layer, [3, 5]), expected, "{layer}");
+            assert_eq!(some.contain(layer, 7, [3, 5]), expected, "{layer}");
         }
-        assert!(Layers::All.contain("a", [3, 8]) && !Layers::NONE.contain("a", [8, 8]));
-        assert!(Layers::MultiplesOf8.contain("a", [8, 24]) && !Layers::MultiplesOf8.contain("a", [8, 12]));
-        assert!(!Layers::MultiplesOf8.contain("a", [12, 8]));
+        assert!(Layers::All.contain("a", 7, [3, 8]) && !Layers::NONE.contain("a", 1, [8, 8]));
+        for (kernel, channels, expected) in
+            [(3, [8, 24], true), (1, [16, 8], true), (3, [8, 12], false), (3, [12, 8], false), (7, [8, 64], false)]
+        {
+            assert_eq!(Layers::Ordinary.contain("a", kernel, channels), expected, "{kernel} {channels:?}");
+        }
         assert!("a,,b".parse::<Layers>().unwrap_err().starts_with("expected all, none, or names"));
     }
 
