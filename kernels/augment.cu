@@ -396,21 +396,25 @@ __device__ __forceinline__ void change_tile(const AugmentView& view, const float
     }
 }
 
-// A pixel of 3 channels, or of 8 of which the last five are zero.
-template <class T> __device__ __forceinline__ void write_pixel(T* to, const float (&p)[3], int channels) {
-    if (channels == 3) {
+// A pixel of so many channels, of which those after the third are zero.
+template <int CHANNELS, class T> __device__ __forceinline__ void write_padded(T* to, const float (&p)[3]) {
+    constexpr int PIECE = CHANNELS < WIDTH<T> ? CHANNELS : WIDTH<T>;
+    const float padded[CHANNELS] = {p[0], p[1], p[2]};
 #pragma unroll
-        for (int c = 0; c < 3; ++c) to[c] = from_float<T>(p[c]);
-        return;
-    }
-    const float padded[8] = {p[0], p[1], p[2]};
+    for (int first = 0; first < CHANNELS; first += PIECE) {
+        float pack[PIECE];
 #pragma unroll
-    for (int first = 0; first < 8; first += WIDTH<T>) {
-        float pack[WIDTH<T>];
-#pragma unroll
-        for (int i = 0; i < WIDTH<T>; ++i) pack[i] = padded[first + i];
+        for (int i = 0; i < PIECE; ++i) pack[i] = padded[first + i];
         store(to + first, pack);
     }
+}
+
+// A pixel of 3, 4 or 8 channels.
+template <class T> __device__ __forceinline__ void write_pixel(T* to, const float (&p)[3], int channels) {
+    if (channels == 8) return write_padded<8>(to, p);
+    if (channels == 4) return write_padded<4>(to, p);
+#pragma unroll
+    for (int c = 0; c < 3; ++c) to[c] = from_float<T>(p[c]);
 }
 
 template <int PLANES, class T>
@@ -441,7 +445,7 @@ __device__ __forceinline__ void finish(const float* planes, const AugmentView* v
     }
 }
 
-// Finishes the views of `augment_crop`: out[views][size][size][channels], 3 or 8 channels. `reflect`: how the blur goes
+// Finishes the views of `augment_crop`: out[views][size][size][channels], 3, 4 or 8 channels. `reflect`: how the blur goes
 // on past the border. The second is for a blur that reaches so far that shared memory has room for one channel only.
 // Grid: tiles of a view x views; shared memory as `change_tile` says, for the largest reach.
 #define FINISH(name, T, PLANES)                                                                                        \

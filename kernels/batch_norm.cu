@@ -12,10 +12,7 @@
 // a residual x and the statistics say it, with one a bit for each element does. Partial sums add 8 bytes per channel and tile:
 // below 4 % of the statistics' traffic where there are rows enough to fill a device, and mostly answered by the cache. The
 // apply passes walk from the end to the start, so that what the pass before read last is still cached.
-#include "rows.cuh"
-
-// Two sums of one channel over the rows of one tile; arrays are [groups][chunks][channels].
-typedef Pack<float, 2> Partial;
+#include "batch_norm.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Sums over the rows of tiles. Grid: one block per tile.
@@ -36,17 +33,6 @@ __device__ __forceinline__ void load_shift(float (&shift)[N], const T* x, int64_
         for (int u = 0; u < SHIFT_ROWS; ++u) of_channel[u] = v[u][k];
         shift[k] = tree_sum(of_channel) * (1.0f / SHIFT_ROWS);
     }
-}
-
-// scale = gamma rstd; without gamma (null) it counts as 1. Of the rounded rstd: the backward pass, which has no other, then
-// computes the very same values again.
-__device__ __forceinline__ float scale_of(const float* gamma, float rstd) { return gamma ? *gamma * rstd : rstd; }
-
-// The scales of N channels.
-template <int N> __device__ __forceinline__ void load_scale(float (&scale)[N], const float* rstd, const float* gamma) {
-    load(scale, rstd);
-#pragma unroll
-    for (int k = 0; k < N; ++k) scale[k] = scale_of(gamma ? gamma + k : nullptr, scale[k]);
 }
 
 // Partial sums of x - shift and its square.
@@ -78,21 +64,6 @@ __device__ __forceinline__ void statistics(const T* __restrict__ x, Partial* __r
         partials[tile.chunk * tiles.channels + channel] = {totals[0], totals[1]};
     });
 }
-
-// What the normalisation does to N channels of a group: y = (x - mean) scale + beta.
-template <int N> struct Channels {
-    float mean[N], scale[N], beta[N];
-
-    // `beta` may be null: 0.
-    __device__ __forceinline__ void load_mean_and_beta(const float* of_group, const float* of_channels) {
-        load(mean, of_group);
-#pragma unroll
-        for (int k = 0; k < N; ++k) beta[k] = 0.0f;
-        if (of_channels) load(beta, of_channels);
-    }
-
-    __device__ __forceinline__ float normalised(int k, float x) const { return (x - mean[k]) * scale[k] + beta[k]; }
-};
 
 // Which elements of d_y pass the ReLU (`Mask` in src/ops/batch_norm).
 enum Masking { MASK_NONE, MASK_OF_X, MASK_STORED };

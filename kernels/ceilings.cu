@@ -36,7 +36,7 @@ KERNEL(256) ceiling_mma_bf16(float* out, int32_t rounds) {
 #pragma unroll UNROLL
     for (int round = 0; round < rounds; ++round) {
 #pragma unroll
-        for (int k = 0; k < CHAINS; ++k) mma_bf16(d[k], a, b);
+        for (int k = 0; k < CHAINS; ++k) mma<bf16>(d[k], a, b);
     }
 #pragma unroll
     for (int k = 0; k < CHAINS; ++k) sum += d[k][0] + d[k][1] + d[k][2] + d[k][3];

@@ -30,6 +30,7 @@ template <int N> struct Tile {
     int channel;       // the first of this thread
     bool inside;       // whether there is such a channel: the last tile of a row may hang over
     int64_t group, chunk; // the chunk is counted through all groups
+    int64_t first_row;    // of the tile, counted through all groups
     int row, end;         // this thread's rows, counted within the tile
     int64_t element;      // its first element
     int64_t stride;       // elements from one of its rows to the next
@@ -47,18 +48,26 @@ template <int N> struct Tile {
         const int64_t last = first + tiles.chunk < tiles.rows ? first + tiles.chunk : tiles.rows;
         row = int(threadIdx.x) / lanes;
         end = inside ? int(last - first) : 0;
-        element = (group * tiles.rows + first + row) * channels + channel;
+        first_row = group * tiles.rows + first;
+        element = (first_row + row) * channels + channel;
         stride = int64_t{step} * channels;
     }
 };
 
-// Calls f(i, Count<U>) for U of the thread's rows at a time, then for one: element i and those `tile.stride` further on. U
-// loads of each tensor are in flight together, which hides the latency of device memory.
-template <int U, int N, class F> __device__ __forceinline__ void for_rows(const Tile<N>& tile, F f) {
+// Calls f(row, i, Count<U>) for U of the thread's rows at a time, then for one: element i, which lies in row `row` of all, and
+// those `tile.stride` and `tile.step` further on. U loads of each tensor are in flight together, which hides the latency of
+// device memory.
+template <int U, int N, class F> __device__ __forceinline__ void for_numbered_rows(const Tile<N>& tile, F f) {
     int row = tile.row;
     int64_t i = tile.element;
-    for (; row + (U - 1) * tile.step < tile.end; row += U * tile.step, i += U * tile.stride) f(i, Count<U>{});
-    for (; row < tile.end; row += tile.step, i += tile.stride) f(i, Count<1>{});
+    for (; row + (U - 1) * tile.step < tile.end; row += U * tile.step, i += U * tile.stride)
+        f(tile.first_row + row, i, Count<U>{});
+    for (; row < tile.end; row += tile.step, i += tile.stride) f(tile.first_row + row, i, Count<1>{});
+}
+
+// The same with f(i, Count<U>).
+template <int U, int N, class F> __device__ __forceinline__ void for_rows(const Tile<N>& tile, F f) {
+    for_numbered_rows<U>(tile, [&](int64_t, int64_t i, auto count) { f(i, count); });
 }
 
 template <int U, int N, class T>

@@ -223,7 +223,8 @@ fn every_forward_convolution_has_a_precompiled_plan_with_statistics_where_the_de
         let (mut engines, mut workspace, mut without) = (BTreeMap::new(), 0, vec![]);
         // What the default takes: all but the stems' 7x7.
         let forward = works.iter().filter(|one| one.direction == Direction::Forward);
-        let (with_statistics, stems): (Vec<_>, Vec<_>) = forward.partition(|one| one.geometry.kernel[0] <= 3);
+        let (with_statistics, stems): (Vec<&Convolution>, Vec<&Convolution>) =
+            forward.partition(|one| one.geometry.kernel[0] <= 3);
         for one in &stems {
             let plan = first_plan(&cudnn, &target, one, false, false).map(|plan| plan.engine);
             println!("{name}, {views} views: {:?}: {plan:?}", one.geometry);

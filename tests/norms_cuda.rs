@@ -9,6 +9,7 @@ use simsiam_engine::backend::cpu::Tier;
 use simsiam_engine::backend::cuda::emulator::{Emulator, Options};
 use simsiam_engine::exec::Device;
 use simsiam_engine::graph::{Role, Tape, ValueId, backward};
+use simsiam_engine::ops::batch_norm::pooled::BatchNormMaxPool;
 use simsiam_engine::ops::batch_norm::{BatchNorm, Fusion, channel_desc};
 use simsiam_engine::ops::pool::{GlobalAvgPool, MaxPool};
 use simsiam_engine::rng::Stream;
@@ -140,6 +141,60 @@ fn nan_wins_a_max_pool_and_takes_no_gradient() {
             }
             let nans = expected[0].iter().filter(|v| v.is_nan()).count();
             assert!(nans > 0 && nans < expected[0].len() && expected[1].iter().all(|v| !v.is_nan()));
+        }
+    }
+}
+
+/// Batch norm, ReLU and max pooling, fused or not: y, running statistics and all gradients, that of x added to what another
+/// consumer left there.
+fn stem(fused: bool, [n, h, w, channels]: [usize; 4], groups: usize, dtype: DType) -> (Tape, Vec<ValueId>) {
+    let mut tape = Tape::new();
+    let parameter = channel_desc(channels, dtype);
+    let x = tape.leaf("x", TensorDesc::new([n, h, w, channels], dtype), Role::Input, true);
+    let [gamma, beta] = ["gamma", "beta"].map(|name| tape.leaf(name, parameter.clone(), Role::Input, true));
+    let state = ["running_mean", "running_var"].map(|name| tape.leaf(name, parameter.clone(), Role::State, false));
+    let tracked = tape.leaf("num_batches_tracked", TensorDesc::new([], DType::I64), Role::State, false);
+    let pooled = TensorDesc::new([n, h.div_ceil(2), w.div_ceil(2), channels], dtype);
+    let d_y = tape.leaf("d_y", pooled, Role::Input, false);
+    let d_other = tape.leaf("d_other", TensorDesc::new([n, channels], dtype), Role::Input, false);
+
+    let (inputs, updates) = ([x, gamma, beta], [state[0], state[1], tracked]);
+    let y = match fused {
+        true => tape.record_updating(BatchNormMaxPool::new(groups, 1e-5, 0.1, false), &inputs, &updates).unwrap()[0],
+        false => {
+            let fusion = Fusion { affine: true, residual: false, relu: true };
+            let norm = BatchNorm { groups, eps: 1e-5, momentum: 0.1, fusion };
+            let y = tape.record_updating(norm, &inputs, &updates).unwrap()[0];
+            tape.record_one(MaxPool { kernel: 3, stride: 2, padding: 1 }, &[y]).unwrap()
+        }
+    };
+    // Recorded last, it is the first on the way back: the batch norm adds to its d_x.
+    let other = tape.record_one(GlobalAvgPool, &[x]).unwrap();
+    let seeds = [(y, d_y), (other, d_other)];
+    let gradients = backward(&mut tape, &seeds).unwrap();
+    let results = [y, state[0], state[1], gradients[&x], gradients[&gamma], gradients[&beta]];
+    let results = results.map(|value| tape.keep(value)).to_vec();
+    (tape, results)
+}
+
+#[test]
+fn the_fused_stem_is_batch_norm_and_max_pool_bit_for_bit() {
+    let shapes = [([4, 7, 9, 3], 2), ([6, 8, 5, 8], 3), ([2, 1, 6, 64], 1), ([2, 33, 30, 24], 2)];
+    for (shape, groups) in shapes {
+        for (device, dtype) in
+            [(cpu(), DType::F32), (emulated(0), DType::F32), (emulated(3), DType::Bf16), (emulated(0), DType::F16)]
+        {
+            let run_it = |fused: bool| {
+                let (tape, results) = stem(fused, shape, groups, dtype);
+                run(&device, tape, &results, 11)
+            };
+            let (expected, got) = (run_it(false), run_it(true));
+            for (name, (got, expected)) in
+                ["y", "running mean", "running var", "d_x", "d_gamma", "d_beta"].iter().zip(got.iter().zip(&expected))
+            {
+                assert!(expected.iter().any(|v| v.abs() > 0.01), "{name} says nothing");
+                assert_eq!(got, expected, "{name} of {shape:?} in {groups} groups of {dtype}");
+            }
         }
     }
 }

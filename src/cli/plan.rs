@@ -18,7 +18,7 @@ use crate::exec::{DeviceChoice, Precision};
 use crate::graph::plan::{Buffer, Target};
 use crate::graph::{Node, Phase, Plan, Role, Tape, dump};
 use crate::nn::ParamInfo;
-use crate::nn::simsiam::{PADDED_CHANNELS, SimSiam, StepShape, TrainGraph, ViewSource};
+use crate::nn::simsiam::{SimSiam, StepShape, TrainGraph, ViewSource};
 use crate::ops::augment::Augmentation;
 use crate::tensor::{DType, TensorDesc};
 
@@ -98,7 +98,7 @@ impl Report {
         }
         let target = target(args.device)?;
         let precision = args.dtype.unwrap_or(if target == Target::Cuda { Precision::Bf16 } else { Precision::F32 });
-        let source = view_source(args, target, image_size, precision.dtype())?;
+        let source = view_source(args, &model, target, image_size, precision.dtype())?;
         let shape = StepShape::new(batch, image_size, precision.dtype(), source);
         let TrainGraph { tape, params, .. } = model.record_step(&shape)?;
         if tape.values().iter().map(|v| v.desc.bytes() as u128).sum::<u128>() > MAX_BYTES {
@@ -242,12 +242,18 @@ fn target(device: DeviceChoice) -> Result<Target> {
 }
 
 /// Views as `train` makes them: by the loader for the CPU, from stored bytes on a CUDA device.
-fn view_source(args: &PlanArgs, target: Target, image_size: usize, dtype: DType) -> Result<ViewSource> {
+fn view_source(
+    args: &PlanArgs,
+    model: &SimSiam,
+    target: Target,
+    image_size: usize,
+    dtype: DType,
+) -> Result<ViewSource> {
     if target == Target::Cpu {
         return Ok(ViewSource::Given { padded: false });
     }
     let config = AugmentConfig { image_size, ..args.preset.augment() };
-    let augmentation = Augmentation::new(&config, dtype, PADDED_CHANNELS, args.stored_size)?;
+    let augmentation = Augmentation::new(&config, dtype, model.backbone.padded_channels(dtype), args.stored_size)?;
     let pixel_bytes = args.batch.saturating_mul(args.stored_size * args.stored_size * 3);
     Ok(ViewSource::Stored { augmentation, pixel_bytes })
 }

@@ -6,11 +6,13 @@ use crate::error::Result;
 use crate::graph::{Role, Tape, ValueId};
 use crate::nn::epilogues::Epilogues;
 use crate::nn::params::{Init, ParamGroup, ParamInfo};
+use crate::ops::batch_norm::pooled::BatchNormMaxPool;
 use crate::ops::batch_norm::{BatchNorm, BatchNormEval, Fusion, channel_desc};
 use crate::ops::cast::Cast;
 use crate::ops::conv2d::Conv2d;
 use crate::ops::linear::Linear;
 use crate::ops::pad_channels::PadChannels;
+use crate::ops::pool::MaxPool;
 use crate::tensor::{DType, TensorDesc};
 
 /// Constants of every batch norm (recipe).
@@ -64,6 +66,9 @@ pub struct Builder<'t> {
     pub trainable: bool,
     /// What training fuses with convolutions.
     pub epilogues: Epilogues,
+    /// Whether a batch norm and the max pooling behind it are one op in training, which spares a pass over memory each way.
+    /// Changes no bit of any result.
+    pub fused_pooling: bool,
     dtype: DType,
     /// The sums that a convolution has computed of its result.
     sums: HashMap<ValueId, ValueId>,
@@ -78,6 +83,7 @@ impl<'t> Builder<'t> {
             mode,
             group: ParamGroup::Encoder,
             trainable: true,
+            fused_pooling: false,
             epilogues: Epilogues::default(),
             dtype,
             sums: HashMap::new(),
@@ -163,13 +169,9 @@ impl<'t> Builder<'t> {
         })
     }
 
-    /// Batch norm with what is fused around it.
-    ///
-    /// # Errors
-    /// Shapes that do not fit.
-    pub fn batch_norm(&mut self, name: &str, x: ValueId, norm: Norm) -> Result<ValueId> {
-        let channels = self.tape.desc(x).shape.channels();
-        let desc = channel_desc(channels, self.dtype);
+    /// The parameters of a batch norm over x, and its running statistics.
+    fn batch_norm_leaves(&mut self, name: &str, x: ValueId, norm: Norm) -> (Vec<ValueId>, [ValueId; 3]) {
+        let desc = channel_desc(self.tape.desc(x).shape.channels(), self.dtype);
         let mut affine = Vec::new();
         if norm.affine {
             affine.push(self.param(&format!("{name}.weight"), desc.clone(), Init::Constant(norm.gamma)));
@@ -178,6 +180,38 @@ impl<'t> Builder<'t> {
         let running_mean = self.buffer(&format!("{name}.running_mean"), desc.clone(), 0.0);
         let running_var = self.buffer(&format!("{name}.running_var"), desc, 1.0);
         let tracked = self.buffer(&format!("{name}.num_batches_tracked"), TensorDesc::new([], DType::I64), 0.0);
+        (affine, [running_mean, running_var, tracked])
+    }
+
+    /// Batch norm, ReLU, and max pooling of 3x3 windows with stride 2 and padding 1.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn batch_norm_max_pool(&mut self, [norm, pool]: [&str; 2], x: ValueId) -> Result<ValueId> {
+        let Mode::Train { groups } = self.mode else { return self.batch_norm_then_max_pool([norm, pool], x) };
+        if !self.fused_pooling {
+            return self.batch_norm_then_max_pool([norm, pool], x);
+        }
+        let (affine, updates) = self.batch_norm_leaves(norm, x, Norm::RELU);
+        let sums = self.sums.get(&x).copied();
+        let inputs: Vec<ValueId> = [x].into_iter().chain(affine).chain(sums).collect();
+        let op = BatchNormMaxPool::new(groups, EPS, MOMENTUM, sums.is_some());
+        self.tape.scoped(norm, |tape| Ok(tape.record_updating(op, &inputs, &updates)?[0]))
+    }
+
+    fn batch_norm_then_max_pool(&mut self, [norm, pool]: [&str; 2], x: ValueId) -> Result<ValueId> {
+        let x = self.batch_norm(norm, x, Norm::RELU)?;
+        let op = MaxPool { kernel: 3, stride: 2, padding: 1 };
+        self.tape.scoped(pool, |tape| tape.record_one(op, &[x]))
+    }
+
+    /// Batch norm with what is fused around it.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn batch_norm(&mut self, name: &str, x: ValueId, norm: Norm) -> Result<ValueId> {
+        let (affine, updates) = self.batch_norm_leaves(name, x, norm);
+        let [running_mean, running_var, _] = updates;
         let fusion = Fusion { affine: norm.affine, residual: norm.residual.is_some(), relu: norm.relu };
         let (mode, sums) = (self.mode, self.sums.get(&x).copied());
         self.tape.scoped(name, |tape| match mode {
@@ -185,7 +219,7 @@ impl<'t> Builder<'t> {
                 let inputs = [x].into_iter().chain(affine).chain(norm.residual).chain(sums);
                 let inputs: Vec<ValueId> = inputs.collect();
                 let op = BatchNorm { groups, eps: EPS, momentum: MOMENTUM, fusion, sums_given: sums.is_some() };
-                Ok(tape.record_updating(op, &inputs, &[running_mean, running_var, tracked])?[0])
+                Ok(tape.record_updating(op, &inputs, &updates)?[0])
             }
             Mode::Eval => {
                 let inputs: Vec<ValueId> =

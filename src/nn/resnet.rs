@@ -3,7 +3,9 @@
 use crate::error::{Error, Result};
 use crate::graph::ValueId;
 use crate::nn::builder::{Builder, Norm};
-use crate::ops::pool::{GlobalAvgPool, MaxPool};
+use crate::ops::conv2d::{Conv2d, stem::image_channels};
+use crate::ops::pool::GlobalAvgPool;
+use crate::tensor::DType;
 
 /// The residual block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
@@ -33,6 +35,16 @@ pub enum Stem {
     Imagenet,
     /// 3x3 stride 1, no pooling: for images of about 32 pixels.
     Cifar,
+}
+
+impl Stem {
+    /// Kernel, stride and padding of its convolution.
+    fn convolution(self) -> [usize; 3] {
+        match self {
+            Stem::Imagenet => [7, 2, 3],
+            Stem::Cifar => [3, 1, 1],
+        }
+    }
 }
 
 /// Channels of an image: red, green, blue.
@@ -101,6 +113,12 @@ impl ResNet {
         (self.width << (self.depths.len() - 1)) * self.block.expansion()
     }
 
+    /// Channels that the network sees images in where they are padded, with activations of `dtype`.
+    pub fn padded_channels(&self, dtype: DType) -> usize {
+        let [kernel, stride, padding] = self.stem.convolution();
+        image_channels(&Conv2d::new([stride; 2], [padding; 2]), [kernel; 2], self.width, dtype)
+    }
+
     /// Records the network from images `[n][h][w][3]`, or with channels of zeros after them, to pooled features `[n][feature_dim]`, names under `prefix`.
     ///
     /// # Errors
@@ -118,15 +136,12 @@ impl ResNet {
     }
 
     fn stem(&self, b: &mut Builder<'_>, prefix: &str, images: ValueId) -> Result<ValueId> {
-        let shape = if self.stem == Stem::Imagenet { [7, 2, 3] } else { [3, 1, 1] };
-        let x = b.conv_of(&format!("{prefix}conv1"), images, [IMAGE_CHANNELS, self.width], shape)?;
-        let x = b.batch_norm(&format!("{prefix}bn1"), x, Norm::RELU)?;
+        let channels = [IMAGE_CHANNELS, self.width];
+        let x = b.conv_of(&format!("{prefix}conv1"), images, channels, self.stem.convolution())?;
+        let norm = format!("{prefix}bn1");
         match self.stem {
-            Stem::Cifar => Ok(x),
-            Stem::Imagenet => {
-                let pool = MaxPool { kernel: 3, stride: 2, padding: 1 };
-                b.tape.scoped(&format!("{prefix}maxpool"), |tape| tape.record_one(pool, &[x]))
-            }
+            Stem::Cifar => b.batch_norm(&norm, x, Norm::RELU),
+            Stem::Imagenet => b.batch_norm_max_pool([&norm, &format!("{prefix}maxpool")], x),
         }
     }
 

@@ -35,9 +35,6 @@ pub struct SimSiam {
     pub symmetric: bool,
 }
 
-/// Channels that an image is padded to for convolutions on CUDA devices: with 3 cuDNN wants 200 MB of scratch, with 8 none.
-pub const PADDED_CHANNELS: usize = 8;
-
 /// Name of the loss's scale, and prefix of the names of all that belongs to it.
 pub const LOSS_SCALE: &str = "loss_scale";
 
@@ -46,7 +43,7 @@ pub const LOSS_SCALE: &str = "loss_scale";
 pub enum ViewSource {
     /// The caller writes them, normalised, in 3 channels.
     Given {
-        /// Whether the network sees them in [`PADDED_CHANNELS`].
+        /// Whether the network sees them in [`ResNet::padded_channels`].
         padded: bool,
     },
     /// The step makes them of stored images, as `augmentation` says: the caller writes pixels and descriptors.
@@ -56,6 +53,13 @@ pub enum ViewSource {
         /// Room for the pixels of a batch, in bytes.
         pixel_bytes: usize,
     },
+}
+
+impl ViewSource {
+    /// Whether the views are as the kernels of devices want them, and not as a caller who looks at them would.
+    fn for_kernels(&self) -> bool {
+        !matches!(self, ViewSource::Given { padded: false })
+    }
 }
 
 /// What a step takes besides the model.
@@ -188,6 +192,7 @@ impl SimSiam {
         };
         let mut b = Builder::new(&mut tape, Mode::Train { groups: 2 }, dtype);
         b.epilogues = shape.epilogues.clone();
+        b.fused_pooling = shape.source.for_kernels();
         let (p, z) = self.record_pair(&mut b, shape, views)?;
         let mut params = b.params;
         let [loss, z_std] = self.record_loss(&mut tape, [p, z], batch, d_loss)?;
@@ -206,7 +211,7 @@ impl SimSiam {
     /// Predictions p and the projections z of both views.
     fn record_pair(&self, b: &mut Builder<'_>, shape: &StepShape, views: ValueId) -> Result<(ValueId, ValueId)> {
         let images = match shape.source {
-            ViewSource::Given { padded: true } => pad(b.tape, views)?,
+            ViewSource::Given { padded: true } => self.pad(b, views)?,
             _ => views,
         };
         let features = self.backbone.record(b, "encoder.", images)?;
@@ -249,7 +254,7 @@ impl SimSiam {
         self.record_features(batch, image_size, dtype, false)
     }
 
-    /// The same; with `padded` the network sees the images in [`PADDED_CHANNELS`].
+    /// The same; with `padded` the network sees the images in [`ResNet::padded_channels`].
     ///
     /// # Errors
     /// Settings that do not fit together.
@@ -259,17 +264,18 @@ impl SimSiam {
         let images = TensorDesc::new([batch, image_size, image_size, 3], dtype);
         let images = tape.leaf("images", images, Role::Input, false);
         let mut b = Builder::new(&mut tape, Mode::Eval, dtype);
-        let seen = if padded { pad(b.tape, images)? } else { images };
+        let seen = if padded { self.pad(&mut b, images)? } else { images };
         let features = self.backbone.record(&mut b, "encoder.", seen)?;
         let params = b.params;
         tape.keep(features);
         Ok(FeatureGraph { tape, images, features, params })
     }
-}
 
-/// Images in [`PADDED_CHANNELS`].
-fn pad(tape: &mut Tape, images: ValueId) -> Result<ValueId> {
-    tape.scoped("pad", |tape| tape.record_one(PadChannels { channels: PADDED_CHANNELS }, &[images]))
+    /// Images in [`ResNet::padded_channels`].
+    fn pad(&self, b: &mut Builder<'_>, images: ValueId) -> Result<ValueId> {
+        let channels = self.backbone.padded_channels(b.dtype());
+        b.tape.scoped("pad", |tape| tape.record_one(PadChannels { channels }, &[images]))
+    }
 }
 
 /// The views, and the inputs that they are made of.

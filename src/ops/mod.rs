@@ -31,7 +31,9 @@ pub fn cuda_kernels() -> Vec<&'static Kernel> {
     [
         augment::cuda::KERNELS,
         batch_norm::cuda::KERNELS,
+        batch_norm::pooled::cuda::KERNELS,
         bias::cuda::KERNELS,
+        conv2d::stem::KERNELS,
         cosine_loss::cuda::KERNELS,
         cross_entropy::cuda::KERNELS,
         knn::cuda::KERNELS,

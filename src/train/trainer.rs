@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::exec::{Device, Executor};
 use crate::graph::{Phase, Plan, ValueId};
 use crate::nn::ParamInfo;
-use crate::nn::simsiam::{LOSS_SCALE, PADDED_CHANNELS, StepShape, StoredInputs, TrainGraph, ViewSource};
+use crate::nn::simsiam::{LOSS_SCALE, StepShape, StoredInputs, TrainGraph, ViewSource};
 use crate::ops::augment::{Augmentation, ViewDescriptor};
 use crate::ops::sgd::StepParam;
 use crate::tensor::TensorDesc;
@@ -99,7 +99,8 @@ fn record(config: &RunConfig, device: &Device, dataset: &Dataset, batch: usize) 
         Device::Cpu(_) => ViewSource::Given { padded: false },
         Device::Cuda(_) => {
             let Room { pixel_bytes, longest_side } = Room::of(dataset, batch)?;
-            let augmentation = Augmentation::new(&config.augment, dtype, PADDED_CHANNELS, longest_side)?;
+            let channels = config.model.backbone.padded_channels(dtype);
+            let augmentation = Augmentation::new(&config.augment, dtype, channels, longest_side)?;
             ViewSource::Stored { augmentation, pixel_bytes }
         }
     };

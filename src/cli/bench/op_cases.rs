@@ -8,7 +8,8 @@ use crate::error::Result;
 use crate::graph::{Op, Role, Tape, backward, builtin};
 use crate::ops::batch_norm::{BatchNorm, Fusion, channel_desc};
 use crate::ops::cast::Cast;
-use crate::ops::conv2d::gradient_dtype;
+use crate::ops::conv2d::stem::image_channels;
+use crate::ops::conv2d::{Conv2d, gradient_dtype};
 use crate::ops::cosine_loss::CosineLoss;
 use crate::ops::pool::{GlobalAvgPool, MaxPool};
 use crate::ops::sgd::{Guard, SgdUpdate, StepParam};
@@ -47,6 +48,9 @@ pub(super) fn all(batch: usize, dtype: DType) -> Result<Vec<Case>> {
     ] {
         cases.push(batch_norm(shape, residual, dtype));
     }
+    if dtype != DType::F32 {
+        cases.push(stem_convolution(views, dtype)); // in float32 it is the library's
+    }
     let pool = MaxPool { kernel: 3, stride: 2, padding: 1 };
     cases.push(simple("max_pool", pool, vec![vec![views, 112, 112, 64]], dtype));
     cases.push(simple("global_avg_pool", GlobalAvgPool, vec![vec![views, 7, 7, 2048]], dtype));
@@ -76,6 +80,21 @@ fn simple(name: &'static str, op: impl Op + Copy + 'static, shapes: Vec<Vec<usiz
         if op.differentiable() {
             seed(&mut tape, y)?;
         }
+        Ok(tape)
+    })
+}
+
+/// ResNet's first convolution, whose images have no gradient.
+fn stem_convolution(views: usize, dtype: DType) -> Case {
+    let (op, kernel, c_out) = (Conv2d::new([2; 2], [3; 2]), [7; 2], 64);
+    let channels = image_channels(&op, kernel, c_out, dtype);
+    let shape = [views, 224, 224, channels];
+    Case::new("stem_convolution", &shape, move || {
+        let mut tape = Tape::new();
+        let x = tape.leaf("x", TensorDesc::new(shape, dtype), Role::Input, false);
+        let w = tape.leaf("w", TensorDesc::new([c_out, 7, 7, channels], dtype), Role::Input, true);
+        let y = tape.record_one(op, &[x, w])?;
+        seed(&mut tape, y)?;
         Ok(tape)
     })
 }

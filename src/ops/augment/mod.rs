@@ -40,7 +40,7 @@ pub struct Augmentation {
 }
 
 impl Augmentation {
-    /// Views as `config` has them, as elements of `dtype` in 3 channels, or in 8 of which the last five are zero; of images
+    /// Views as `config` has them, as elements of `dtype` in 3 channels, or in 4 or 8 of which the last are zero; of images
     /// that are stored with sides of at most `longest_side`.
     ///
     /// # Errors
@@ -50,8 +50,8 @@ impl Augmentation {
         if !matches!(dtype, DType::F32 | DType::Bf16 | DType::F16) {
             return Err(Error::shape("augment", "element type of the views", "f32, bf16 or f16", dtype));
         }
-        if !matches!(channels, 3 | 8) {
-            return Err(Error::shape("augment", "channels of the views", "3 or 8", channels));
+        if !matches!(channels, 3 | 4 | 8) {
+            return Err(Error::shape("augment", "channels of the views", "3, 4 or 8", channels));
         }
         if !(1..=MAX_SIDE).contains(&longest_side) {
             return Err(Error::shape("augment", "longest side", format!("1 to {MAX_SIDE} pixels"), longest_side));

@@ -61,7 +61,7 @@ fn impossible_images_and_views_are_refused() {
 fn impossible_augmentations_are_refused() {
     let message = |dtype, channels, side| Augmentation::new(&config(), dtype, channels, side).unwrap_err().to_string();
     assert!(message(DType::F64, 8, 100).contains("element type"));
-    assert!(message(DType::F32, 4, 100).contains("channels of the views"));
+    assert!(message(DType::F32, 5, 100).contains("channels of the views"));
     assert!(message(DType::F32, 8, 0).contains("longest side"));
     assert!(message(DType::F32, 8, 65_536).contains("longest side"));
     let config = AugmentConfig { image_size: 0, ..config() };

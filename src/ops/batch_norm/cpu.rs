@@ -4,14 +4,22 @@ use rayon::prelude::*;
 
 use crate::backend::cpu::{CpuIo, Real};
 
+use super::pooled::Pooled;
 use super::sums::{block_rows, group_sums};
 use super::{BatchNorm, BatchNormBackward, BatchNormEval, Mask, pack};
 
 /// Per-channel coefficients of one group: `y = (x - mean) scale + beta`.
-struct Coefficients<T> {
+pub(super) struct Coefficients<T> {
     mean: Vec<T>,
     scale: Vec<T>,
     beta: Vec<T>,
+}
+
+impl<T: Real> Coefficients<T> {
+    /// y of channel `c`.
+    pub fn normalised(&self, c: usize, x: T) -> T {
+        (x - self.mean[c]) * self.scale[c] + self.beta[c]
+    }
 }
 
 /// `y = act((x - mean) scale + beta + residual)`, in parallel over blocks of rows.
@@ -24,7 +32,7 @@ fn apply<T: Real>(y: &mut [T], x: &[T], residual: Option<&[T]>, relu: bool, k: &
         for (row, y) in y.chunks_exact_mut(channels).enumerate() {
             let x = &x[row * channels..][..channels];
             for c in 0..channels {
-                y[c] = (x[c] - k.mean[c]) * k.scale[c] + k.beta[c];
+                y[c] = k.normalised(c, x[c]);
             }
             if let Some(residual) = residual {
                 y.iter_mut().zip(&residual[row * channels..]).for_each(|(y, r)| *y += *r);
@@ -36,12 +44,13 @@ fn apply<T: Real>(y: &mut [T], x: &[T], residual: Option<&[T]>, relu: bool, k: &
     });
 }
 
-pub(super) fn forward<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) {
+/// Computes the statistics of x, the first input, into the outputs `mean` and `rstd` and the running statistics; returns what
+/// is to be done to each group.
+pub(super) fn statistics<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) -> Vec<Coefficients<T>> {
     let channels = io.inputs[0].desc.shape.channels();
     let group_rows = io.inputs[0].desc.shape.rows() / op.groups;
     let x = io.inputs[0].get::<T>();
     let affine = op.fusion.affine.then(|| (io.inputs[1].get::<T>(), io.inputs[2].get::<T>()));
-    let residual = op.fusion.residual.then(|| io.inputs[op.fusion.residual_input()].get::<T>());
     let given = op.sums_given.then(|| io.inputs[io.inputs.len() - 1].get::<T>());
 
     // Sums of x - shift and its square, with the first row of the group as shift: exact where the mean is large.
@@ -60,8 +69,9 @@ pub(super) fn forward<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) {
         Some(sums) => sums.iter().map(|s| s.to_f64()).collect(),
         None => group_sums::<T>(io.workspace, (op.groups, group_rows, channels), shifted),
     };
+    io.updates[2].get::<i64>()[0] += op.groups as i64;
     let rows = group_rows as f64;
-    for group in 0..op.groups {
+    let mut finish = |group: usize| {
         let range = group * channels..(group + 1) * channels;
         let (first, second) = sums[group * 2 * channels..][..2 * channels].split_at(channels);
         let shift = |c: usize| if op.sums_given { 0.0 } else { x[group * group_len + c].to_f64() };
@@ -73,12 +83,21 @@ pub(super) fn forward<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) {
         update_running(io.updates[1].get::<T>(), &unbiased, op.momentum);
         io.outputs[1].get::<T>()[range.clone()].iter_mut().zip(&mean).for_each(|(o, m)| *o = T::of(*m));
         io.outputs[2].get::<T>()[range].iter_mut().zip(&rstd).for_each(|(o, r)| *o = T::of(*r));
-        let k = coefficients(&mean, &rstd, affine);
+        coefficients(&mean, &rstd, affine)
+    };
+    (0..op.groups).map(&mut finish).collect()
+}
+
+pub(super) fn forward<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) {
+    let groups = statistics::<T>(op, io);
+    let x = io.inputs[0].get::<T>();
+    let residual = op.fusion.residual.then(|| io.inputs[op.fusion.residual_input()].get::<T>());
+    let group_len = x.len() / op.groups;
+    for (group, k) in groups.iter().enumerate() {
         let span = group * group_len..(group + 1) * group_len;
         let residual = residual.map(|r| &r[span.clone()]);
-        apply(&mut io.outputs[0].get::<T>()[span.clone()], &x[span.clone()], residual, op.fusion.relu, &k);
+        apply(&mut io.outputs[0].get::<T>()[span.clone()], &x[span], residual, op.fusion.relu, k);
     }
-    io.updates[2].get::<i64>()[0] += op.groups as i64;
     if op.fusion.mask() == Mask::Stored {
         let pack = pack(io.inputs[0].desc);
         let (head, tail) = io.outputs.split_at_mut(3);
@@ -125,7 +144,7 @@ pub(super) fn eval<T: Real>(op: &BatchNormEval, io: &mut CpuIo<'_>) {
     apply(io.outputs[0].get::<T>(), io.inputs[0].get::<T>(), residual, op.fusion.relu, &k);
 }
 
-/// d_y behind the mask of the ReLU, a row at a time.
+/// d_y behind the mask of the ReLU, a row of x at a time.
 struct Masked<'a, T> {
     channels: usize,
     group_rows: usize,
@@ -141,20 +160,26 @@ enum MaskData<'a, T> {
     OfX(Vec<Coefficients<T>>),
     /// Bits, and how many of them a byte has.
     Stored(&'a [u8], usize),
+    /// None of them: d_y is the gradient behind a pooling.
+    Pooled(Pooled<'a>),
 }
 
 impl<T: Real> Masked<'_, T> {
     /// The gradient of row `row`, in `g` where it is not d_y itself.
     fn row<'a>(&'a self, row: usize, g: &'a mut [T]) -> &'a [T] {
         let span = row * self.channels..(row + 1) * self.channels;
+        if let MaskData::Pooled(pooled) = &self.mask {
+            pooled.gather(&mut g[..self.channels], self.d_y, row);
+            return g;
+        }
         let d_y = &self.d_y[span.clone()];
         match &self.mask {
-            MaskData::None => return d_y,
+            MaskData::None | MaskData::Pooled(_) => return d_y,
             MaskData::OfX(groups) => {
                 let k = &groups[row / self.group_rows];
                 let (x, g) = (&self.x[span], &mut g[..d_y.len()]);
                 for c in 0..d_y.len() {
-                    let open = (x[c] - k.mean[c]) * k.scale[c] + k.beta[c] > T::ZERO;
+                    let open = k.normalised(c, x[c]) > T::ZERO;
                     g[c] = if open { d_y[c] } else { T::ZERO };
                 }
             }
@@ -187,8 +212,6 @@ impl<T: Real> Masked<'_, T> {
 /// d_beta = sum g, d_gamma = sum g x̂, d_x = gamma rstd (g - sum(g)/M - x̂ sum(g x̂)/M).
 pub(super) fn backward<T: Real>(op: &BatchNormBackward, io: &mut CpuIo<'_>) {
     let channels = io.inputs[1].desc.shape.channels();
-    let group_rows = io.inputs[1].desc.shape.rows() / op.groups;
-    let (d_y, x) = (io.inputs[0].get::<T>(), io.inputs[1].get::<T>());
     let (mean, rstd) = (io.inputs[2].get::<T>(), io.inputs[3].get::<T>());
     let affine = op.affine.then(|| (io.inputs[4].get::<T>(), io.inputs[5].get::<T>()));
     let of_group = |group: usize| group * channels..(group + 1) * channels;
@@ -200,6 +223,21 @@ pub(super) fn backward<T: Real>(op: &BatchNormBackward, io: &mut CpuIo<'_>) {
         }
         Mask::Stored => MaskData::Stored(io.inputs[io.inputs.len() - 1].get::<u8>(), pack(io.inputs[1].desc)),
     };
+    gradients(op, io, mask);
+}
+
+/// The gradient behind [`super::pooled::BatchNormMaxPool`], whose inputs are those of `op`, and last what was taken.
+pub(super) fn pooled_backward<T: Real>(op: &BatchNormBackward, io: &mut CpuIo<'_>, pooled: Pooled<'_>) {
+    gradients::<T>(op, io, MaskData::Pooled(pooled));
+}
+
+fn gradients<T: Real>(op: &BatchNormBackward, io: &mut CpuIo<'_>, mask: MaskData<'_, T>) {
+    let channels = io.inputs[1].desc.shape.channels();
+    let group_rows = io.inputs[1].desc.shape.rows() / op.groups;
+    let (d_y, x) = (io.inputs[0].get::<T>(), io.inputs[1].get::<T>());
+    let (mean, rstd) = (io.inputs[2].get::<T>(), io.inputs[3].get::<T>());
+    let gamma = op.affine.then(|| io.inputs[4].get::<T>());
+    let of_group = |group: usize| group * channels..(group + 1) * channels;
     let masked = Masked { channels, group_rows, d_y, x, mask };
 
     let sums = group_sums::<T>(io.workspace, (op.groups, group_rows, channels), |group, row, [first, second], g| {
@@ -219,7 +257,6 @@ pub(super) fn backward<T: Real>(op: &BatchNormBackward, io: &mut CpuIo<'_>) {
     let groups: Vec<GroupGradient<T>> = (0..op.groups)
         .map(|group| {
             let sums = &sums[group * 2 * channels..][..2 * channels];
-            let gamma = affine.map(|(gamma, _)| gamma);
             GroupGradient::new(sums, &mean[of_group(group)], &rstd[of_group(group)], gamma, group_rows)
         })
         .collect();

@@ -60,7 +60,7 @@ impl Mask {
 }
 
 /// Bytes of the two sums of each channel and tile.
-fn partials_bytes(rows: &Rows) -> usize {
+pub(super) fn partials_bytes(rows: &Rows) -> usize {
     rows.groups * rows.chunks(rows.summing()) * rows.channels * 2 * size_of::<f32>()
 }
 
@@ -74,54 +74,24 @@ pub(super) fn scale_bytes(x: &TensorDesc, groups: usize) -> usize {
     groups * x.shape.channels() * size_of::<f32>()
 }
 
-pub(super) fn forward(op: &BatchNorm, io: &CudaIo<'_>) -> Result<()> {
-    let rows = Rows::new(io.inputs[0].desc, op.groups);
-    let beta = if op.fusion.affine { io.inputs[2].ptr } else { DevicePtr::NULL };
-    let residual = if op.fusion.residual { io.inputs[op.fusion.residual_input()].ptr } else { DevicePtr::NULL };
-    let scale = match op.sums_given {
-        true => finish_given(op, io, &rows)?,
-        false => statistics(op, io, &rows)?,
-    };
-    let tiles = rows.streaming();
-    let relu = i32::from(op.fusion.relu);
-    let (x, mean) = (io.inputs[0].ptr, io.outputs[1].ptr);
-    let mask = io.outputs.get(3).map_or(DevicePtr::NULL, |mask| mask.ptr);
-    let call = batch_norm_apply(io.dtype(), x, residual, mean, scale, beta, relu, io.outputs[0].ptr, mask, tiles);
-    // SAFETY: `infer` checked that the residual is like x and beta has its channels, and made y like x and the mask with a
-    // byte for each pack.
-    unsafe { io.launch(rows.grid(tiles), call) }
+/// What the statistics of a forward pass leave for its last kernel.
+pub(super) struct Statistics {
+    pub mean: DevicePtr,
+    pub scale: DevicePtr,
+    pub beta: DevicePtr,
 }
 
-/// mean, rstd, scale and running statistics from the sums that were given; returns where the scale is.
-fn finish_given(op: &BatchNorm, io: &CudaIo<'_>, rows: &Rows) -> Result<DevicePtr> {
-    let sums = io.inputs[io.inputs.len() - 1].ptr;
-    let gamma = if op.fusion.affine { io.inputs[1].ptr } else { DevicePtr::NULL };
-    let [running_mean, running_var, tracked] = [0, 1, 2].map(|i| io.updates[i].ptr);
-    let scale = io.workspace;
-    let call = batch_norm_finish_sums(
-        sums,
-        rows.groups as i32,
-        rows.rows as i64,
-        rows.channels as i32,
-        gamma,
-        op.eps,
-        op.momentum,
-        io.outputs[1].ptr,
-        io.outputs[2].ptr,
-        scale,
-        running_mean,
-        running_var,
-        tracked,
-    );
-    // SAFETY: `infer` checked that the sums are [groups, 2, channels]; the rest as in `statistics`.
-    unsafe { io.launch(Grid::new([rows.channels.div_ceil(256) as u32, 1, 1]), call)? };
-    Ok(scale)
-}
-
-/// The same from x.
-fn statistics(op: &BatchNorm, io: &CudaIo<'_>, rows: &Rows) -> Result<DevicePtr> {
+/// Computes the statistics of x, the first input, into the outputs 1 and 2 and the running statistics.
+pub(super) fn statistics(op: &BatchNorm, rows: &Rows, io: &CudaIo<'_>) -> Result<Statistics> {
     let (dtype, x) = (io.dtype(), io.inputs[0].ptr);
-    let gamma = if op.fusion.affine { io.inputs[1].ptr } else { DevicePtr::NULL };
+    let (gamma, beta) = match op.fusion.affine {
+        true => (io.inputs[1].ptr, io.inputs[2].ptr),
+        false => (DevicePtr::NULL, DevicePtr::NULL),
+    };
+    if op.sums_given {
+        let scale = finish_given(op, rows, io)?;
+        return Ok(Statistics { mean: io.outputs[1].ptr, scale, beta });
+    }
     let (mean, rstd) = (io.outputs[1].ptr, io.outputs[2].ptr);
     let (partials, scale) = (io.workspace, io.workspace.offset(partials_bytes(rows)));
 
@@ -153,7 +123,48 @@ fn statistics(op: &BatchNorm, io: &CudaIo<'_>, rows: &Rows) -> Result<DevicePtr>
     // SAFETY: `infer` checked that gamma has x's channels and made mean and rstd [groups, channels]; the running statistics
     // are [channels], as `BatchNorm` demands, and scale is the workspace behind the partial sums.
     unsafe { io.launch(combining_grid(rows), call)? };
+    Ok(Statistics { mean, scale, beta })
+}
+
+/// The same from the sums that were given; returns where the scale is.
+fn finish_given(op: &BatchNorm, rows: &Rows, io: &CudaIo<'_>) -> Result<DevicePtr> {
+    let sums = io.inputs[io.inputs.len() - 1].ptr;
+    let gamma = if op.fusion.affine { io.inputs[1].ptr } else { DevicePtr::NULL };
+    let [running_mean, running_var, tracked] = [0, 1, 2].map(|i| io.updates[i].ptr);
+    let (mean, rstd, scale) = (io.outputs[1].ptr, io.outputs[2].ptr, io.workspace);
+    let [groups, channels] = [rows.groups, rows.channels].map(|n| n as i32);
+    let call = batch_norm_finish_sums(
+        sums,
+        groups,
+        rows.rows as i64,
+        channels,
+        gamma,
+        op.eps,
+        op.momentum,
+        mean,
+        rstd,
+        scale,
+        running_mean,
+        running_var,
+        tracked,
+    );
+    // SAFETY: `infer` checked that the sums are [groups, 2, channels], and `cuda_workspace` counted the scales; the rest as in
+    // `statistics`.
+    unsafe { io.launch(Grid::new([rows.channels.div_ceil(256) as u32, 1, 1]), call)? };
     Ok(scale)
+}
+
+pub(super) fn forward(op: &BatchNorm, io: &CudaIo<'_>) -> Result<()> {
+    let rows = Rows::new(io.inputs[0].desc, op.groups);
+    let Statistics { mean, scale, beta } = statistics(op, &rows, io)?;
+    let residual = if op.fusion.residual { io.inputs[op.fusion.residual_input()].ptr } else { DevicePtr::NULL };
+    let mask = io.outputs.get(3).map_or(DevicePtr::NULL, |mask| mask.ptr);
+    let tiles = rows.streaming();
+    let (x, y, relu) = (io.inputs[0].ptr, io.outputs[0].ptr, i32::from(op.fusion.relu));
+    let call = batch_norm_apply(io.dtype(), x, residual, mean, scale, beta, relu, y, mask, tiles);
+    // SAFETY: `infer` checked that the residual is like x and beta has its channels, and made y like x and the mask with a
+    // byte for each pack.
+    unsafe { io.launch(rows.grid(tiles), call) }
 }
 
 /// Blocks of the kernels that combine partial sums: 8 channels each.
@@ -225,29 +236,7 @@ pub(super) fn backward(op: &BatchNormBackward, io: &CudaIo<'_>) -> Result<()> {
     // sums for each channel of the tiles.
     unsafe { io.launch(rows.grid(tiles), call)? };
 
-    let affine = |i: usize| match op.affine {
-        true => (io.outputs[i].ptr, i32::from(io.outputs[i].accumulate)),
-        false => (DevicePtr::NULL, 0),
-    };
-    let ((d_gamma, accumulate_gamma), (d_beta, accumulate_beta)) = (affine(1), affine(2));
-    let [chunks, groups, channels] = [rows.chunks(tiles), rows.groups, rows.channels].map(|n| n as i32);
-    let call = batch_norm_finish_backward(
-        partials,
-        chunks,
-        groups,
-        rows.rows as i64,
-        channels,
-        rstd,
-        gamma,
-        coefficients,
-        d_gamma,
-        accumulate_gamma,
-        d_beta,
-        accumulate_beta,
-    );
-    // SAFETY: rstd is [groups, channels] and gamma [channels], as the forward op's `infer` checked; `infer` made d_gamma and
-    // d_beta like gamma; `cuda_workspace` counted three coefficients per channel and group behind the partial sums.
-    unsafe { io.launch(combining_grid(&rows), call)? };
+    finish_backward(op, &rows, io)?;
 
     let (g, masking) = early.map_or((d_y, op.mask), |masked| (masked, Mask::None));
     let all = (rows.groups * rows.channels) as i64;
@@ -269,4 +258,34 @@ pub(super) fn backward(op: &BatchNormBackward, io: &CudaIo<'_>) -> Result<()> {
     );
     // SAFETY: as for the first pass; `infer` made d_x like x.
     unsafe { io.launch(rows.grid(tiles), call) }
+}
+
+/// Combines the partial sums of a backward pass: d_gamma, d_beta and, behind the sums in the workspace, the coefficients of
+/// d_x. Inputs 3 and 4 are rstd and gamma, outputs 1 and 2 the gradients.
+pub(super) fn finish_backward(op: &BatchNormBackward, rows: &Rows, io: &CudaIo<'_>) -> Result<()> {
+    let (partials, coefficients) = (io.workspace, io.workspace.offset(partials_bytes(rows)));
+    let gamma = if op.affine { io.inputs[4].ptr } else { DevicePtr::NULL };
+    let affine = |i: usize| match op.affine {
+        true => (io.outputs[i].ptr, i32::from(io.outputs[i].accumulate)),
+        false => (DevicePtr::NULL, 0),
+    };
+    let ((d_gamma, accumulate_gamma), (d_beta, accumulate_beta)) = (affine(1), affine(2));
+    let [chunks, groups, channels] = [rows.chunks(rows.summing()), rows.groups, rows.channels].map(|n| n as i32);
+    let call = batch_norm_finish_backward(
+        partials,
+        chunks,
+        groups,
+        rows.rows as i64,
+        channels,
+        io.inputs[3].ptr,
+        gamma,
+        coefficients,
+        d_gamma,
+        accumulate_gamma,
+        d_beta,
+        accumulate_beta,
+    );
+    // SAFETY: rstd is [groups, channels] and gamma [channels], as the forward op's `infer` checked; `infer` made d_gamma and
+    // d_beta like gamma; `cuda_workspace` counted three coefficients per channel and group behind the partial sums.
+    unsafe { io.launch(combining_grid(rows), call) }
 }

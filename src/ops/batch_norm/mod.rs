@@ -3,6 +3,7 @@
 
 mod cpu;
 pub(super) mod cuda;
+pub mod pooled;
 pub(super) mod sums;
 
 use crate::backend::cpu::CpuIo;

@@ -2,15 +2,19 @@
 
 pub mod direct;
 pub mod reference;
+pub mod stem;
 
 use crate::backend::conv::ConvGeometry;
 use crate::backend::cpu::{CpuIo, Real, Tier};
+use crate::backend::cuda::CudaIo;
 use crate::backend::cuda::library::{Convolution, Direction, Fused, Work};
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
 use crate::graph::{GradBuilder, Op, ValueId};
 use crate::ops::batch_norm::sums::{group_sums, workspace_bytes};
 use crate::tensor::{DType, TensorDesc};
+
+use stem::Stem;
 
 /// How the gradient of a convolution's input joins one that is there already: that of a residual branch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -43,8 +47,8 @@ pub struct Conv2d {
 
 impl Conv2d {
     /// One with nothing fused.
-    pub fn new(stride: [usize; 2], padding: [usize; 2]) -> Conv2d {
-        Conv2d { stride, padding, statistics: None, join: Join::default() }
+    pub const fn new(stride: [usize; 2], padding: [usize; 2]) -> Conv2d {
+        Conv2d { stride, padding, statistics: None, join: Join::Accumulate }
     }
 
     fn geometry(&self, x: &TensorDesc, w: &TensorDesc) -> Result<ConvGeometry> {
@@ -111,12 +115,17 @@ impl Op for Conv2d {
     }
 
     fn library_work(&self, inputs: &[&TensorDesc]) -> Option<Work> {
-        let geometry = self.geometry(inputs[0], inputs[1]).ok()?;
+        let (geometry, dtype) = (self.geometry(inputs[0], inputs[1]).ok()?, inputs[0].dtype);
+        // The kernels of our own compute no statistics.
+        let own = self.statistics.is_none() && Stem::of(&geometry, dtype).is_some();
         let fused = self.statistics.map_or(Fused::Nothing, |groups| Fused::Statistics { groups });
-        Some(Work::Convolution(Convolution {
-            fused,
-            ..Convolution::new(Direction::Forward, geometry, inputs[0].dtype)
-        }))
+        let plain = Convolution::new(Direction::Forward, geometry, dtype);
+        (!own).then_some(Work::Convolution(Convolution { fused, ..plain }))
+    }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        let g = self.geometry(io.inputs[0].desc, io.inputs[1].desc)?;
+        Stem::of(&g, io.dtype()).ok_or_else(|| left_to_a_library(self.name()))?.forward(io)
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
@@ -269,8 +278,19 @@ impl Op for Conv2dWgrad {
     }
 
     fn library_work(&self, inputs: &[&TensorDesc]) -> Option<Work> {
-        let geometry = self.geometry(inputs[0], inputs[1]).ok()?;
-        Some(Work::Convolution(Convolution::new(Direction::WeightGradient, geometry, inputs[0].dtype)))
+        let (geometry, dtype) = (self.geometry(inputs[0], inputs[1]).ok()?, inputs[0].dtype);
+        let work = Work::Convolution(Convolution::new(Direction::WeightGradient, geometry, dtype));
+        Stem::of(&geometry, dtype).is_none().then_some(work)
+    }
+
+    fn cuda_workspace(&self, inputs: &[&TensorDesc]) -> usize {
+        let stem = self.geometry(inputs[0], inputs[1]).ok().and_then(|g| Stem::of(&g, inputs[0].dtype));
+        stem.map_or(0, |stem| stem.workspace())
+    }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        let g = self.geometry(io.inputs[0].desc, io.inputs[1].desc)?;
+        Stem::of(&g, io.dtype()).ok_or_else(|| left_to_a_library(self.name()))?.weight_gradient(io)
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
@@ -291,6 +311,10 @@ impl Op for Conv2dWgrad {
     fn flops(&self, inputs: &[&TensorDesc]) -> u64 {
         self.geometry(inputs[0], inputs[1]).map_or(0, |g| g.flops())
     }
+}
+
+fn left_to_a_library(op: &str) -> Error {
+    Error::Unsupported { what: format!("{op} of these sizes has no CUDA kernel: cuDNN computes it"), hint: None }
 }
 
 /// Weight gradients are never shorter than float32.
