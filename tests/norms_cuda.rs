@@ -163,7 +163,7 @@ fn stem(fused: bool, [n, h, w, channels]: [usize; 4], groups: usize, dtype: DTyp
         true => tape.record_updating(BatchNormMaxPool::new(groups, 1e-5, 0.1, false), &inputs, &updates).unwrap()[0],
         false => {
             let fusion = Fusion { affine: true, residual: false, relu: true };
-            let norm = BatchNorm { groups, eps: 1e-5, momentum: 0.1, fusion };
+            let norm = BatchNorm { groups, eps: 1e-5, momentum: 0.1, fusion, sums_given: false };
             let y = tape.record_updating(norm, &inputs, &updates).unwrap()[0];
             tape.record_one(MaxPool { kernel: 3, stride: 2, padding: 1 }, &[y]).unwrap()
         }
