@@ -188,28 +188,54 @@ __device__ __forceinline__ void combine(const Partial* __restrict__ partials, in
 
 // mean and rstd of each group, the scale that `apply` takes, and the running statistics: r = (1 - momentum) r + momentum s
 // once per group in order, with the unbiased variance. Arrays are [groups][channels], running statistics [channels].
+struct Statistics {
+    const float* gamma;
+    double eps, momentum;
+    float *mean, *rstd, *scale, *running_mean, *running_var;
+
+    // Of a channel in a group of n rows; `i` is its place in the arrays.
+    __device__ __forceinline__ void set(int64_t i, int channel, double average, double variance, double n) const {
+        const float inverse = float(1.0 / sqrt(variance + eps));
+        mean[i] = float(average);
+        rstd[i] = inverse;
+        scale[i] = scale_of(gamma ? gamma + channel : nullptr, inverse);
+        running_mean[channel] = moved(running_mean[channel], average);
+        running_var[channel] = moved(running_var[channel], variance * n / (n - 1.0));
+    }
+    __device__ __forceinline__ float moved(float old, double value) const {
+        return float(double(old) * (1.0 - momentum) + momentum * value);
+    }
+};
+
 template <class T>
 __device__ __forceinline__ void finish_statistics(const Partial* partials, int chunks, int groups, const T* __restrict__ x,
-                                                  int64_t rows, int channels, const float* __restrict__ gamma, double eps,
-                                                  double momentum, float* __restrict__ mean, float* __restrict__ rstd,
-                                                  float* __restrict__ scale, float* __restrict__ running_mean,
-                                                  float* __restrict__ running_var, int64_t* __restrict__ tracked) {
+                                                  int64_t rows, int channels, const Statistics& to,
+                                                  int64_t* __restrict__ tracked) {
     if (global_thread() == 0) *tracked += groups;
     const double n = double(rows);
-    combine(partials, chunks, groups, channels, [=](int group, int channel, double first, double second) {
+    combine(partials, chunks, groups, channels, [&](int group, int channel, double first, double second) {
         float shift[1];
         load_shift(shift, x + group * rows * channels + channel, rows, channels);
         const double average = double(shift[0]) + first / n;
         const double variance = fmax((second - first * first / n) / n, 0.0);
-        const float inverse = float(1.0 / sqrt(variance + eps));
-        const int64_t i = int64_t{group} * channels + channel;
-        mean[i] = float(average);
-        rstd[i] = inverse;
-        scale[i] = scale_of(gamma ? gamma + channel : nullptr, inverse);
-        const auto moved = [=](float old, double value) { return float(double(old) * (1.0 - momentum) + momentum * value); };
-        running_mean[channel] = moved(running_mean[channel], average);
-        running_var[channel] = moved(running_var[channel], variance * n / (n - 1.0));
+        to.set(int64_t{group} * channels + channel, channel, average, variance, n);
     });
+}
+
+// The same from the sums of x and of its square as a convolution's epilogue leaves them, [groups][2][channels]. Grid: one
+// thread per channel.
+__device__ __forceinline__ void finish_sums(const float* __restrict__ sums, int groups, int64_t rows, int channels,
+                                            const Statistics& to, int64_t* __restrict__ tracked) {
+    const int64_t channel = global_thread();
+    if (channel == 0) *tracked += groups;
+    if (channel >= channels) return;
+    const double n = double(rows);
+    for (int group = 0; group < groups; ++group) {
+        const float* const of_group = sums + int64_t{2} * group * channels + channel;
+        const double average = double(of_group[0]) / n;
+        const double variance = fmax(double(of_group[channels]) / n - average * average, 0.0);
+        to.set(int64_t{group} * channels + channel, int(channel), average, variance, n);
+    }
 }
 
 // From the sums of g and of g (x - mean): d_beta and d_gamma over all groups (unless null), and per group the coefficients
@@ -333,8 +359,8 @@ __device__ __forceinline__ void backward_apply(const T* __restrict__ d_y, const 
                                      int32_t channels, const float* gamma, double eps, double momentum, float* mean,        \
                                      float* rstd, float* scale, float* running_mean, float* running_var,                    \
                                      int64_t* tracked) {                                                                    \
-        finish_statistics(partials, chunks, groups, x, rows, channels, gamma, eps, momentum, mean, rstd, scale,             \
-                          running_mean, running_var, tracked);                                                              \
+        finish_statistics(partials, chunks, groups, x, rows, channels,                                                      \
+                          {gamma, eps, momentum, mean, rstd, scale, running_mean, running_var}, tracked);                   \
     }                                                                                                                       \
     EXPORT(batch_norm_finish_statistics_##S)                                                                                \
     KERNEL(TILE_THREADS)                                                                                                    \
@@ -385,6 +411,15 @@ batch_norm_finish_backward(const Partial* partials, int32_t chunks, int32_t grou
                     d_beta, accumulate_beta != 0);
 }
 EXPORT(batch_norm_finish_backward)
+
+KERNEL(256)
+batch_norm_finish_sums(const float* sums, int32_t groups, int64_t rows, int32_t channels, const float* gamma, double eps,
+                       double momentum, float* mean, float* rstd, float* scale, float* running_mean, float* running_var,
+                       int64_t* num_batches_tracked) {
+    finish_sums(sums, groups, rows, channels, {gamma, eps, momentum, mean, rstd, scale, running_mean, running_var},
+                num_batches_tracked);
+}
+EXPORT(batch_norm_finish_sums)
 
 KERNEL(256)
 batch_norm_eval_scale(const float* variance, const float* gamma, double eps, float* scale, int32_t channels) {

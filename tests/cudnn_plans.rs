@@ -9,8 +9,9 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 use simsiam_engine::backend::cuda::library::cudnn::{Cudnn, Epilogue, Graph, Plan, Target};
-use simsiam_engine::backend::cuda::library::{Choice, Convolution, Direction, SCRATCH, Work, graph, limits};
+use simsiam_engine::backend::cuda::library::{Choice, Convolution, Direction, Fused, SCRATCH, Work, graph, limits};
 use simsiam_engine::graph::{Node, Tape};
+use simsiam_engine::nn::epilogues::Epilogues;
 use simsiam_engine::nn::heads::{HeadNorm, Heads, OutBias, PredictorKind};
 use simsiam_engine::nn::resnet::{Arch, ResNet, Stem};
 use simsiam_engine::nn::simsiam::{SimSiam, StepShape, ViewSource};
@@ -45,7 +46,17 @@ fn cudnn() -> Option<Arc<Cudnn>> {
 }
 
 /// The convolutions of a training step, forward and backward, as its tape says.
-fn convolutions(arch: Arch, (size, stem): (usize, Stem), views: usize, dtype: DType) -> Vec<Convolution> {
+fn convolutions(arch: Arch, size: (usize, Stem), views: usize, dtype: DType) -> Vec<Convolution> {
+    convolutions_with(arch, size, views, dtype, Epilogues::default())
+}
+
+fn convolutions_with(
+    arch: Arch,
+    (size, stem): (usize, Stem),
+    views: usize,
+    dtype: DType,
+    epilogues: Epilogues,
+) -> Vec<Convolution> {
     let backbone = ResNet::named(arch, stem).unwrap();
     let heads = Heads {
         dim: 64,
@@ -59,7 +70,7 @@ fn convolutions(arch: Arch, (size, stem): (usize, Stem), views: usize, dtype: DT
     };
     let model = SimSiam { backbone, heads, similarity: Kind::Cosine, stop_gradient: true, symmetric: true };
     let source = ViewSource::Given { padded: true };
-    let shape = StepShape::new(views / 2, size, dtype, source);
+    let shape = StepShape { epilogues, ..StepShape::new(views / 2, size, dtype, source) };
     let tape = model.record_step(&shape).unwrap().tape;
     tape.nodes().iter().filter_map(|node| convolution(&tape, node)).collect()
 }
@@ -189,6 +200,65 @@ fn statistics_come_out_of_the_convolution_in_float16_on_hopper() {
     assert!(Graph::new(&cudnn, &target, &gradient, Epilogue::Statistics).is_err());
     // The addition is a graph as well; its engines are compiled at run time, which takes a device's driver.
     Graph::new(&cudnn, &target, &gradient, Epilogue::Add).unwrap();
+}
+
+/// Those that have something fused, in every network at every size.
+fn fused_convolutions(views: usize, dtype: DType) -> Vec<Convolution> {
+    let epilogues = Epilogues { statistics: "all".parse().unwrap(), residual_gradient: "fused".parse().unwrap() };
+    let mut all = BTreeMap::new();
+    for (arch, size) in ARCHS.into_iter().flat_map(|arch| SIZES.map(|size| (arch, size))) {
+        let found = convolutions_with(arch, size, views, dtype, epilogues.clone());
+        let fused = found.into_iter().filter(|one| one.fused != Fused::Nothing);
+        all.extend(fused.map(|one| (format!("{one:?}"), one)));
+    }
+    all.into_values().collect()
+}
+
+#[test]
+fn every_forward_convolution_has_a_precompiled_plan_with_statistics_where_the_default_takes_it() {
+    let Some(cudnn) = cudnn() else { return };
+    for ((name, json), views) in [DEVICES[0], DEVICES[3]].into_iter().flat_map(|device| [(device, 64), (device, 512)]) {
+        let target = Target::described(&cudnn, json).unwrap();
+        let works = fused_convolutions(views, DType::F16);
+        let (mut engines, mut workspace, mut without) = (BTreeMap::new(), 0, vec![]);
+        // What the default takes: all but the stems' 7x7.
+        let forward = works.iter().filter(|one| one.direction == Direction::Forward);
+        let (with_statistics, stems): (Vec<&Convolution>, Vec<&Convolution>) =
+            forward.partition(|one| one.geometry.kernel[0] <= 3);
+        for one in &stems {
+            let plan = first_plan(&cudnn, &target, one, false, false).map(|plan| plan.engine);
+            println!("{name}, {views} views: {:?}: {plan:?}", one.geometry);
+        }
+        assert!(with_statistics.len() > 100, "{} works only: the tape was not read", with_statistics.len());
+        for one in with_statistics {
+            assert_eq!(one.fused, Fused::Statistics { groups: 2 });
+            match first_plan(&cudnn, &target, one, false, false) {
+                Some(plan) if !plan.compiled => {
+                    assert!(plan.workspace <= SCRATCH, "{plan:?}");
+                    workspace = workspace.max(plan.workspace);
+                    *engines.entry(plan.engine.index).or_insert(0) += 1;
+                }
+                other => without.push(format!("{one:?}: {other:?}")),
+            }
+        }
+        println!("{name}, {views} views: engines {engines:?}, workspace up to {workspace} bytes");
+        assert!(without.is_empty(), "{name}: {} without a plan:\n{}", without.len(), without.join("\n"));
+        // The sum with another gradient is a graph as well; its engines are compiled at run time, by a device's driver.
+        let sums: Vec<_> = works.iter().filter(|one| one.fused == Fused::Addition).collect();
+        assert!(sums.len() > 20, "{}", sums.len());
+        sums.iter().for_each(|one| _ = graph(&cudnn, &target, one, false).unwrap());
+    }
+}
+
+#[test]
+fn parts_that_lie_where_no_engine_looks_are_refused() {
+    let Some(cudnn) = cudnn() else { return };
+    let target = Target::described(&cudnn, DEVICES[3].1).unwrap();
+    let works = fused_convolutions(64, DType::F16);
+    let mut one = *works.iter().find(|one| one.direction == Direction::Forward).unwrap();
+    one.geometry.c_out = 34;
+    let message = graph(&cudnn, &target, &one, false).unwrap_err().to_string();
+    assert!(message.contains("multiples of 16 bytes, got 136"), "{message}");
 }
 
 #[test]

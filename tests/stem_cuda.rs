@@ -22,7 +22,7 @@ use simsiam_engine::rng::Stream;
 use simsiam_engine::tensor::{DType, TensorDesc};
 use simsiam_engine::train::state::write_initial;
 
-const STEM: Conv2d = Conv2d { stride: [2; 2], padding: [3; 2] };
+const STEM: Conv2d = Conv2d::new([2; 2], [3; 2]);
 
 fn emulated(seed: u64) -> Device {
     Device::Cuda(Arc::new(Emulator::new(Options { threads: 2, seed }).unwrap()))

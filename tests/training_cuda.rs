@@ -138,6 +138,61 @@ fn the_emulated_device_trains_as_the_cpu_does() {
 }
 
 #[test]
+fn what_is_fused_changes_how_and_not_what() {
+    let bench = Bench::new();
+    let fused = "--fuse-statistics all --residual-gradient fused";
+    for (dtype, tolerance) in [("f32", 2e-3), ("fp16", 5e-2)] {
+        let device = format!("--device cuda-emulated --dtype {dtype}");
+        let plain = bench.finish(&format!("plain {dtype}"), &device);
+        let fused = bench.finish(&format!("fused {dtype}"), &format!("{device} {fused}"));
+        assert_eq!((plain.len(), fused.len()), (12, 12));
+        // Sums without a shift round differently: were nothing fused, no bit would differ.
+        assert_ne!(plain, fused, "{dtype}");
+        for (a, b) in plain.iter().zip(&fused) {
+            assert!((a.loss - b.loss).abs() < tolerance, "{dtype}, step {}: {} and {}", a.step, a.loss, b.loss);
+            assert!((a.z_std - b.z_std).abs() < tolerance, "{dtype}, step {}: {} and {}", a.step, a.z_std, b.z_std);
+        }
+    }
+    // It is part of the run: neither a kill nor launching node by node changes a bit.
+    let whole = bench.lines("fused fp16");
+    let options = format!("--device cuda-emulated --dtype fp16 {fused}");
+    bench.kill_after("killed", &options, 5);
+    assert_eq!(bench.finish("killed", "--no-graph"), whole);
+    assert!(bench.last_checkpoint("killed") == bench.last_checkpoint("fused fp16"), "the last checkpoints differ");
+    let config = std::fs::read_to_string(bench.run_path("killed/config.toml")).unwrap();
+    assert!(config.contains("fuse_statistics = \"all\"\nresidual_gradient = \"fused\""), "{config}");
+}
+
+#[test]
+fn the_default_fuses_nothing_without_a_gpu_and_old_runs_go_on() {
+    let bench = Bench::new();
+    let expected = bench.finish("default", "--device cuda-emulated --dtype fp16");
+    let none = "--fuse-statistics none --residual-gradient accumulate";
+    assert_eq!(bench.finish("none", &format!("--device cuda-emulated --dtype fp16 {none}")), expected);
+    // A run of a version that knew of no choice.
+    bench.kill_after("old", "--device cuda-emulated --dtype fp16", 4);
+    let path = bench.run_path("old/config.toml");
+    let config = std::fs::read_to_string(&path).unwrap();
+    let (before, after) = config.split_once("[machine.epilogues]\n").unwrap();
+    assert!(after.starts_with("fuse_statistics = \"auto\"\n"), "{config}");
+    let rest = after.find("\n[").map_or("", |at| &after[at..]);
+    std::fs::write(&path, format!("{before}{rest}")).unwrap();
+    assert_eq!(bench.finish("old", ""), expected);
+}
+
+#[test]
+fn a_layer_that_is_not_there_is_named_before_anything_is_made() {
+    let bench = Bench::new();
+    for (option, value) in [("--fuse-statistics", "encoder.layer7"), ("--residual-gradient", "fused:encoder.layer7")] {
+        let options = format!("--device cuda-emulated {option} {value}");
+        let message = error_of(&bench.command("no such layer", &options).output().unwrap());
+        assert!(message.starts_with(&format!("error: {option}: expected names of layers")), "{message}");
+        assert!(message.contains("encoder.layer2.0.conv1") && message.ends_with("got encoder.layer7"), "{message}");
+        assert!(!bench.run_path("no such layer").exists());
+    }
+}
+
+#[test]
 fn a_run_moves_between_devices_and_element_types() {
     let bench = Bench::new();
     let cpu = bench.finish("cpu", "--device cpu");

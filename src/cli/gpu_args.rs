@@ -1,6 +1,9 @@
 //! How a step is run on a GPU.
 
-#[derive(Debug, Clone, Copy, clap::Args)]
+use crate::nn::epilogues::ResidualGradient;
+use crate::train::epilogues::{EpilogueChoice, FuseStatistics};
+
+#[derive(Debug, Clone, clap::Args)]
 pub struct GpuArgs {
     /// On a GPU: launch every kernel instead of replaying a CUDA graph of the step. Does not change any result.
     #[arg(long)]
@@ -11,4 +14,24 @@ pub struct GpuArgs {
     /// On a GPU: mark steps, phases and layers for Nsight, which has to have started the program (tools/profile.sh).
     #[arg(long)]
     pub nvtx: bool,
+    /// Convolutions that compute the statistics for the batch norm after them: auto (in fp16 on GPUs with compute capability
+    /// 8.0 or 9.0, where it is faster), all, none, or names with commas between them and what they begin with, such as
+    /// encoder.layer1,encoder.conv1 [default: auto; with --resume, as before].
+    #[arg(long, value_name = "LAYERS")]
+    pub fuse_statistics: Option<FuseStatistics>,
+    /// How a convolution's gradient is added to that of a residual branch: accumulate (in place, as it is computed), separate
+    /// (by a kernel of its own) or fused (by cuDNN, to a new place); with layers as above, there alone [default: accumulate;
+    /// with --resume, as before].
+    #[arg(long, value_name = "MODE[:LAYERS]")]
+    pub residual_gradient: Option<ResidualGradient>,
+}
+
+impl GpuArgs {
+    /// What is asked for of `before`.
+    pub fn epilogues(&self, before: EpilogueChoice) -> EpilogueChoice {
+        EpilogueChoice {
+            fuse_statistics: self.fuse_statistics.clone().unwrap_or(before.fuse_statistics),
+            residual_gradient: self.residual_gradient.clone().unwrap_or(before.residual_gradient),
+        }
+    }
 }

@@ -192,6 +192,7 @@ impl MachineArgs {
         machine.graph &= !self.gpu.no_graph;
         machine.autotune |= self.gpu.autotune;
         machine.nvtx = self.gpu.nvtx;
+        machine.epilogues = self.gpu.epilogues(std::mem::take(&mut machine.epilogues));
         let Opened { device, instead_of_gpu } = machine.device.open(machine.cpu_conv)?;
         if let Some(error) = instead_of_gpu {
             eprintln!("training on the CPU, because there is no GPU to be used: {error}");

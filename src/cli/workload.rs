@@ -14,10 +14,12 @@ use crate::backend::cpu::Tier;
 use crate::error::{Error, Result};
 use crate::exec::{Device, DeviceChoice, Executor, Opened, Options, Precision, room};
 use crate::graph::{Plan, ValueId};
+use crate::nn::epilogues::Epilogues;
 use crate::nn::simsiam::{SimSiam, StepShape, TrainGraph, ViewSource};
 use crate::ops::sgd::StepParam;
 use crate::rng::Stream;
 use crate::tensor::TensorDesc;
+use crate::train::epilogues::EpilogueChoice;
 use crate::train::state::write_initial;
 
 const MAX_BATCH: usize = 1 << 16;
@@ -89,6 +91,9 @@ pub struct Workload {
     pub choice: DeviceChoice,
     pub precision: Precision,
     pub options: Options,
+    pub asked_epilogues: EpilogueChoice,
+    /// What that comes to on the device.
+    pub epilogues: Epilogues,
     pub cpu_conv: Tier,
     pub model: SimSiam,
     pub batch: usize,
@@ -120,19 +125,38 @@ impl WorkloadArgs {
         let precision = self.dtype.unwrap_or(Precision::default_on(&device));
         precision.check_trainable_on(&device)?;
         let source = ViewSource::Given { padded: matches!(device, Device::Cuda(_)) };
-        let step = |batch| StepShape::new(batch, image_size, precision.dtype(), source.clone());
+        let asked_epilogues = self.gpu.epilogues(EpilogueChoice::default());
+        let epilogues = asked_epilogues.resolve(&device, precision.dtype());
+        let step = |batch| StepShape {
+            epilogues: epilogues.clone(),
+            ..StepShape::new(batch, image_size, precision.dtype(), source.clone())
+        };
         let batch = match self.batch {
             Some(BatchChoice::Images(batch)) => batch,
             Some(BatchChoice::Largest) => largest_batch(&device, &model, &step)?,
             None => default_batch(&device),
         };
         let flops = flops(&model.train_graph(batch, image_size, precision.dtype(), false)?.tape);
-        let GpuArgs { no_graph, autotune, nvtx } = self.gpu;
+        let GpuArgs { no_graph, autotune, nvtx, .. } = self.gpu;
         let options = Options { graph: !no_graph, choice: precision.choice(autotune), nvtx };
         // Before the step takes the memory.
         let peaks = Peaks::measure(&device, precision, self.peak_tflops)?;
         let (preset, choice, cpu_conv) = (self.preset, self.device, self.cpu_conv);
-        Ok(Workload { preset, device, choice, precision, options, cpu_conv, model, batch, image_size, flops, peaks })
+        Ok(Workload {
+            preset,
+            device,
+            choice,
+            precision,
+            options,
+            asked_epilogues,
+            epilogues,
+            cpu_conv,
+            model,
+            batch,
+            image_size,
+            flops,
+            peaks,
+        })
     }
 }
 
@@ -143,7 +167,8 @@ impl Workload {
     /// A device that has not enough memory, or no library; [`Error::OutOfMemory`].
     pub fn synthetic(&self) -> Result<Synthetic> {
         let source = ViewSource::Given { padded: matches!(self.device, Device::Cuda(_)) };
-        let shape = StepShape::new(self.batch, self.image_size, self.precision.dtype(), source);
+        let plain = StepShape::new(self.batch, self.image_size, self.precision.dtype(), source);
+        let shape = StepShape { epilogues: self.epilogues.clone(), ..plain };
         let graph = self.model.record_step(&shape)?;
         let TrainGraph { tape, views, step_params, loss, params, .. } = graph;
         let mut executor = self.device.executor_with(tape, self.options)?;
@@ -167,6 +192,8 @@ impl Workload {
             "device": self.device.name(), "on_gpu": self.device.is_gpu(), "arch": arch_name(&self.model.backbone),
             "model": self.model, "batch": self.batch, "image_size": self.image_size,
             "dtype": self.precision.to_string(), "graph": self.options.graph, "autotune": self.options.choice.autotune,
+            "fuse_statistics": self.epilogues.statistics.to_string(),
+            "residual_gradient": self.epilogues.residual_gradient.to_string(),
             "flops_per_step": self.flops, "ceilings": self.peaks.json(),
         })
     }

@@ -75,6 +75,12 @@ impl GradBuilder<'_> {
         })
     }
 
+    /// Takes the gradient that input `i` has so far, if it has one, for an op that adds to it what it computes: the output
+    /// emitted for this input next is the whole gradient.
+    pub fn take_gradient(&mut self, i: usize) -> Option<ValueId> {
+        self.gradients.remove(&self.node.inputs[i])
+    }
+
     /// Makes `gradient` the gradient of input `i` as it is, without a copy.
     ///
     /// # Errors

@@ -68,7 +68,7 @@ pub trait Op: Debug + Send + Sync {
     }
 
     /// What a library of NVIDIA's (cuDNN, cuBLASLt) is asked for on CUDA devices in place of a kernel of our own, if one is.
-    /// The op's first two inputs are the operands, a third one the bias, its one output the result.
+    /// The op's first two inputs are the operands, a third one what is added; its output is the result, a second one its sums.
     fn library_work(&self, _inputs: &[&TensorDesc]) -> Option<Work> {
         None
     }

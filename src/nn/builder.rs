@@ -1,7 +1,10 @@
 //! Records layers and collects their parameters under PyTorch names.
 
+use std::collections::HashMap;
+
 use crate::error::Result;
 use crate::graph::{Role, Tape, ValueId};
+use crate::nn::epilogues::Epilogues;
 use crate::nn::params::{Init, ParamGroup, ParamInfo};
 use crate::ops::batch_norm::pooled::BatchNormMaxPool;
 use crate::ops::batch_norm::{BatchNorm, BatchNormEval, Fusion, channel_desc};
@@ -61,17 +64,30 @@ pub struct Builder<'t> {
     pub group: ParamGroup,
     /// Whether parameters created from now on are trained.
     pub trainable: bool,
+    /// What training fuses with convolutions.
+    pub epilogues: Epilogues,
     /// Whether a batch norm and the max pooling behind it are one op in training, which spares passes over memory. Changes
     /// the order of some sums.
     pub fused_pooling: bool,
     dtype: DType,
+    /// The sums that a convolution has computed of its result.
+    sums: HashMap<ValueId, ValueId>,
 }
 
 impl<'t> Builder<'t> {
     /// Records on `tape` with activations of `dtype`; bf16 keeps float32 master weights.
     pub fn new(tape: &'t mut Tape, mode: Mode, dtype: DType) -> Builder<'t> {
-        let (params, group) = (Vec::new(), ParamGroup::Encoder);
-        Builder { tape, params, mode, group, trainable: true, fused_pooling: false, dtype }
+        Builder {
+            tape,
+            params: Vec::new(),
+            mode,
+            group: ParamGroup::Encoder,
+            trainable: true,
+            fused_pooling: false,
+            epilogues: Epilogues::default(),
+            dtype,
+            sums: HashMap::new(),
+        }
     }
 
     /// Element type of the activations.
@@ -114,14 +130,23 @@ impl<'t> Builder<'t> {
         let init = Init::kaiming_fan_out([kernel; 2], c_out);
         let desc = TensorDesc::new([c_out, kernel, kernel, c_in], self.master());
         let w = self.param(&format!("{name}.weight"), desc, init);
-        let op = Conv2d { stride: [stride; 2], padding: [padding; 2] };
-        self.tape.scoped(name, |tape| {
+        let statistics = match self.mode {
+            Mode::Train { groups } if self.epilogues.statistics.contain(name, kernel, [channels, c_out]) => {
+                Some(groups)
+            }
+            _ => None,
+        };
+        let join = self.epilogues.join(name, kernel, [channels, c_out]);
+        let op = Conv2d { statistics, join, ..Conv2d::new([stride; 2], [padding; 2]) };
+        let outputs = self.tape.scoped(name, |tape| {
             let mut w = low_precision(tape, w, self.dtype)?;
             if channels != c_in {
                 w = tape.record_one(PadChannels { channels }, &[w])?;
             }
-            tape.record_one(op, &[x, w])
-        })
+            tape.record(op, &[x, w])
+        })?;
+        self.sums.extend(outputs.get(1).map(|sums| (outputs[0], *sums)));
+        Ok(outputs[0])
     }
 
     /// A fully connected layer.
@@ -168,8 +193,9 @@ impl<'t> Builder<'t> {
             return self.batch_norm_then_max_pool([norm, pool], x);
         }
         let (affine, updates) = self.batch_norm_leaves(norm, x, Norm::RELU);
-        let inputs: Vec<ValueId> = [x].into_iter().chain(affine).collect();
-        let op = BatchNormMaxPool::new(groups, EPS, MOMENTUM);
+        let sums = self.sums.get(&x).copied();
+        let inputs: Vec<ValueId> = [x].into_iter().chain(affine).chain(sums).collect();
+        let op = BatchNormMaxPool::new(groups, EPS, MOMENTUM, sums.is_some());
         self.tape.scoped(norm, |tape| Ok(tape.record_updating(op, &inputs, &updates)?[0]))
     }
 
@@ -187,11 +213,12 @@ impl<'t> Builder<'t> {
         let (affine, updates) = self.batch_norm_leaves(name, x, norm);
         let [running_mean, running_var, _] = updates;
         let fusion = Fusion { affine: norm.affine, residual: norm.residual.is_some(), relu: norm.relu };
-        let mode = self.mode;
+        let (mode, sums) = (self.mode, self.sums.get(&x).copied());
         self.tape.scoped(name, |tape| match mode {
             Mode::Train { groups } => {
-                let inputs: Vec<ValueId> = [x].into_iter().chain(affine).chain(norm.residual).collect();
-                let op = BatchNorm { groups, eps: EPS, momentum: MOMENTUM, fusion };
+                let inputs = [x].into_iter().chain(affine).chain(norm.residual).chain(sums);
+                let inputs: Vec<ValueId> = inputs.collect();
+                let op = BatchNorm { groups, eps: EPS, momentum: MOMENTUM, fusion, sums_given: sums.is_some() };
                 Ok(tape.record_updating(op, &inputs, &updates)?[0])
             }
             Mode::Eval => {

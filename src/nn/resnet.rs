@@ -116,7 +116,7 @@ impl ResNet {
     /// Channels that the network sees images in where they are padded, with activations of `dtype`.
     pub fn padded_channels(&self, dtype: DType) -> usize {
         let [kernel, stride, padding] = self.stem.convolution();
-        image_channels(&Conv2d { stride: [stride; 2], padding: [padding; 2] }, [kernel; 2], self.width, dtype)
+        image_channels(&Conv2d::new([stride; 2], [padding; 2]), [kernel; 2], self.width, dtype)
     }
 
     /// Records the network from images `[n][h][w][3]`, or with channels of zeros after them, to pooled features `[n][feature_dim]`, names under `prefix`.

@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use crate::graph::builtin::Constant;
 use crate::graph::{Role, Tape, ValueId, backward};
 use crate::nn::builder::{Builder, Mode};
+use crate::nn::epilogues::Epilogues;
 use crate::nn::heads::Heads;
 use crate::nn::params::{Init, ParamGroup, ParamInfo};
 use crate::nn::resnet::ResNet;
@@ -76,13 +77,16 @@ pub struct StepShape {
     pub source: ViewSource,
     /// How the loss is scaled against underflow, if it is.
     pub scaling: Option<LossScaling>,
+    /// What is fused with convolutions.
+    pub epilogues: Epilogues,
 }
 
 impl StepShape {
-    /// A step that keeps no gradients, and scales the loss in float16.
+    /// A step that keeps no gradients, fuses nothing, and scales the loss in float16.
     pub fn new(batch: usize, image_size: usize, dtype: DType, source: ViewSource) -> StepShape {
         let scaling = (dtype == DType::F16).then(LossScaling::default);
-        StepShape { batch, image_size, dtype, keep_gradients: false, source, scaling }
+        let epilogues = Epilogues::default();
+        StepShape { batch, image_size, dtype, keep_gradients: false, source, scaling, epilogues }
     }
 }
 
@@ -187,6 +191,7 @@ impl SimSiam {
             }
         };
         let mut b = Builder::new(&mut tape, Mode::Train { groups: 2 }, dtype);
+        b.epilogues = shape.epilogues.clone();
         b.fused_pooling = shape.source.for_kernels();
         let (p, z) = self.record_pair(&mut b, shape, views)?;
         let mut params = b.params;
@@ -197,6 +202,7 @@ impl SimSiam {
         let seed = (loss, d_loss);
         let (momenta, gradients) =
             record_update(&mut tape, seed, step_params, &params, keep_gradients, scaler.as_ref())?;
+        shape.epilogues.check(&tape)?;
         let loss_scale = scaler.as_ref().map(Scaler::scale);
         params.extend(scaler.into_iter().flat_map(|scaler| scaler.state));
         Ok(TrainGraph { tape, views, stored, step_params, loss, z_std, z, params, momenta, gradients, loss_scale })

@@ -150,7 +150,7 @@ impl Op for LinearWgrad {
         // That of a 1x1 convolution over m images of one pixel, whose operands come in this order.
         let (kernel, stride, padding) = ([1, 1], [1, 1], [0, 0]);
         let geometry = ConvGeometry { n: m, h: 1, w: 1, c_in: k, c_out: n, kernel, stride, padding };
-        Some(Work::Convolution(Convolution { direction: Direction::WeightGradient, geometry, dtype: inputs[0].dtype }))
+        Some(Work::Convolution(Convolution::new(Direction::WeightGradient, geometry, inputs[0].dtype)))
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {

@@ -11,6 +11,7 @@ use crate::data::mapped::Access;
 use crate::error::{Error, Result};
 use crate::exec::{DeviceChoice, Options, Precision};
 use crate::nn::simsiam::SimSiam;
+use crate::train::epilogues::EpilogueChoice;
 use crate::train::schedule::Schedule;
 
 /// Name of the file in the run directory.
@@ -124,6 +125,9 @@ pub struct Machine {
     pub cpu_conv: Tier,
     /// Look at the output of every node for NaN and infinity, every step.
     pub check: bool,
+    /// What is fused with convolutions; runs of older versions have no such table.
+    #[serde(default = "EpilogueChoice::nothing")]
+    pub epilogues: EpilogueChoice,
 }
 
 fn yes() -> bool {
@@ -142,6 +146,7 @@ impl Default for Machine {
             io: Access::Auto,
             cpu_conv: Tier::Direct,
             check: false,
+            epilogues: EpilogueChoice::default(),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod checkpoint;
 pub mod config;
+pub mod epilogues;
 pub mod metrics;
 pub mod monitor;
 pub mod progress;

@@ -104,7 +104,8 @@ fn record(config: &RunConfig, device: &Device, dataset: &Dataset, batch: usize) 
             ViewSource::Stored { augmentation, pixel_bytes }
         }
     };
-    let shape = StepShape::new(batch, image_size, dtype, source.clone());
+    let epilogues = config.machine.epilogues.resolve(device, dtype);
+    let shape = StepShape { epilogues, ..StepShape::new(batch, image_size, dtype, source.clone()) };
     let graph = config.model.record_step(&shape)?;
     let source = Source::of(&graph, source);
     Ok((graph, source))

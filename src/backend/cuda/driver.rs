@@ -73,6 +73,11 @@ pub trait Driver: Debug + Send + Sync {
     /// Whether the device is the CPU in disguise.
     fn emulated(&self) -> bool;
 
+    /// Its compute capability, `[9, 0]`; none where it is the CPU in disguise.
+    fn capability(&self) -> Option<[u32; 2]> {
+        None
+    }
+
     /// Reserves memory at a multiple of 256 bytes; its content is undefined.
     ///
     /// # Errors

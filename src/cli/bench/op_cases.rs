@@ -86,7 +86,7 @@ fn simple(name: &'static str, op: impl Op + Copy + 'static, shapes: Vec<Vec<usiz
 
 /// ResNet's first convolution, whose images have no gradient.
 fn stem_convolution(views: usize, dtype: DType) -> Case {
-    let (op, kernel, c_out) = (Conv2d { stride: [2; 2], padding: [3; 2] }, [7; 2], 64);
+    let (op, kernel, c_out) = (Conv2d::new([2; 2], [3; 2]), [7; 2], 64);
     let channels = image_channels(&op, kernel, c_out, dtype);
     let shape = [views, 224, 224, channels];
     Case::new("stem_convolution", &shape, move || {
@@ -134,7 +134,7 @@ fn batch_norm(shape: [usize; 4], residual: bool, dtype: DType) -> Case {
         let running = ["running_mean", "running_var"].map(|n| tape.leaf(n, channel.clone(), Role::State, false));
         let tracked = tape.leaf("num_batches_tracked", TensorDesc::new([], DType::I64), Role::State, false);
         let fusion = Fusion { affine: true, residual, relu: true };
-        let op = BatchNorm { groups: 2, eps: 1e-5, momentum: 0.1, fusion };
+        let op = BatchNorm { groups: 2, eps: 1e-5, momentum: 0.1, fusion, sums_given: false };
         let y = tape.record_updating(op, &inputs, &[running[0], running[1], tracked])?[0];
         seed(&mut tape, y)?;
         Ok(tape)

@@ -143,6 +143,7 @@ fn configuration(path: &Path, args: &DataArgs, workload: &Workload) -> RunConfig
             io: args.io,
             cpu_conv: workload.cpu_conv,
             check: false,
+            epilogues: workload.asked_epilogues.clone(),
         },
     }
 }

@@ -12,12 +12,13 @@ use crate::error::Result;
 use crate::graph::Op;
 use crate::tensor::{DType, TensorDesc};
 
-/// Where the operands of an op's library work lie: its first two inputs, a bias after them, its output.
+/// Where the operands of an op's library work lie: its first two inputs, what is added after them; its output, sums after it.
 pub(super) fn operands(io: &CudaIo<'_>) -> Operands {
     Operands {
         inputs: [io.inputs[0].ptr, io.inputs[1].ptr],
-        bias: io.inputs.get(2).map_or(DevicePtr::NULL, |bias| bias.ptr),
+        added: io.inputs.get(2).map_or(DevicePtr::NULL, |added| added.ptr),
         out: io.outputs[0].ptr,
+        sums: io.outputs.get(1).map_or(DevicePtr::NULL, |sums| sums.ptr),
         accumulate: io.outputs[0].accumulate,
         workspace: io.workspace,
     }
@@ -87,7 +88,7 @@ impl Widened {
     }
 }
 
-/// Runs an op of a library on copies of its tensors, with one output.
+/// Runs an op of a library on copies of its tensors. Sums are those of the values before they are rounded.
 fn answer(op: &dyn Op, inputs: &[Place], outputs: &[Place], memory: &dyn HostView) -> Result<()> {
     let read = |places: &[Place]| places.iter().map(|place| Widened::read(memory, place)).collect::<Result<Vec<_>>>();
     let (mut operands, mut results) = (read(inputs)?, read(outputs)?);

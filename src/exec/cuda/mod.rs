@@ -107,7 +107,8 @@ impl CudaExecutor {
             let operands = library::operands(&self.io(index, 0));
             // SAFETY: the planner reserved every tensor as its shape says, from which the op made `work`, and
             // `Work::workspace` bytes of workspace.
-            unsafe { libraries.prepare(driver, work, &operands, self.options.choice) }.map(Some)
+            let prepared = unsafe { libraries.prepare(driver, work, &operands, self.options.choice) };
+            prepared.map(Some).map_err(|error| of_node(error, &self.program.tape.nodes()[index].name))
         };
         let prepared = works.iter().enumerate().map(prepare).collect::<Result<_>>()?;
         libraries.remember();
@@ -225,6 +226,14 @@ impl Drop for CudaExecutor {
     fn drop(&mut self) {
         // Copies may still read the staging memory. What goes wrong here has been reported by the call that failed before.
         let _ = self.arena.driver().synchronize();
+    }
+}
+
+/// Says for which layer a library has no algorithm.
+fn of_node(error: Error, node: &str) -> Error {
+    match error {
+        Error::Unsupported { what, hint } => Error::Unsupported { what: format!("{node}: {what}"), hint },
+        other => other,
     }
 }
 

@@ -1,60 +1,12 @@
-//! Batch norm on the CPU. Tensors are seen as rows x channels; each group of rows is cut into a fixed number of blocks,
-//! whose sums are combined in order, so results do not depend on the number of threads.
+//! Batch norm on the CPU. Tensors are seen as rows x channels.
 
 use rayon::prelude::*;
 
 use crate::backend::cpu::{CpuIo, Real};
 
 use super::pooled::Pooled;
+use super::sums::{block_rows, group_sums};
 use super::{BatchNorm, BatchNormBackward, BatchNormEval, Mask, pack};
-
-/// Blocks per group: enough to balance any number of cores, few enough that combining them costs nothing.
-const BLOCKS: usize = 32;
-/// Rows summed in the tensor's precision before the sums move to float64: bounds the rounding error of float32 sums.
-const CHAIN: usize = 64;
-
-/// Scratch for two float64 sums per channel, block and group.
-pub(super) fn workspace_bytes(channels: usize, groups: usize) -> usize {
-    groups * BLOCKS * 2 * channels * size_of::<f64>()
-}
-
-fn block_rows(group_rows: usize) -> usize {
-    group_rows.div_ceil(BLOCKS).max(1)
-}
-
-/// Sums two per-channel quantities over the rows of each group: `term(group, row, [first, second], scratch)` adds one row's
-/// terms; in `scratch` it may keep a row. Returns the sums as `[group][first: c, second: c]`.
-fn group_sums<T: Real>(
-    workspace: &mut [u8],
-    (groups, group_rows, channels): (usize, usize, usize),
-    term: impl Fn(usize, usize, [&mut [T]; 2], &mut [T]) + Sync,
-) -> Vec<f64> {
-    let partials: &mut [f64] = &mut bytemuck::cast_slice_mut(workspace)[..groups * BLOCKS * 2 * channels];
-    let rows_per_block = block_rows(group_rows);
-    partials.par_chunks_mut(2 * channels).enumerate().for_each(|(task, partial)| {
-        partial.fill(0.0);
-        let (group, block) = (task / BLOCKS, task % BLOCKS);
-        let end = ((block + 1) * rows_per_block).min(group_rows);
-        let (mut chain, mut scratch) = (vec![T::ZERO; 2 * channels], vec![T::ZERO; channels]);
-        let mut row = block * rows_per_block;
-        while row < end {
-            chain.fill(T::ZERO);
-            let (first, second) = chain.split_at_mut(channels);
-            for r in row..(row + CHAIN).min(end) {
-                term(group, group * group_rows + r, [&mut *first, &mut *second], &mut scratch);
-            }
-            partial.iter_mut().zip(&chain).for_each(|(p, c)| *p += c.to_f64());
-            row += CHAIN;
-        }
-    });
-    let mut sums = vec![0.0; groups * 2 * channels];
-    for (task, partial) in partials.chunks(2 * channels).enumerate() {
-        let group = task / BLOCKS;
-        let sum = &mut sums[group * 2 * channels..][..2 * channels];
-        sum.iter_mut().zip(partial).for_each(|(s, p)| *s += p);
-    }
-    sums
-}
 
 /// Per-channel coefficients of one group: `y = (x - mean) scale + beta`.
 pub(super) struct Coefficients<T> {
@@ -99,10 +51,11 @@ pub(super) fn statistics<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) -> Vec<Coe
     let group_rows = io.inputs[0].desc.shape.rows() / op.groups;
     let x = io.inputs[0].get::<T>();
     let affine = op.fusion.affine.then(|| (io.inputs[1].get::<T>(), io.inputs[2].get::<T>()));
+    let given = op.sums_given.then(|| io.inputs[io.inputs.len() - 1].get::<T>());
 
     // Sums of x - shift and its square, with the first row of the group as shift: exact where the mean is large.
     let group_len = group_rows * channels;
-    let sums = group_sums::<T>(io.workspace, (op.groups, group_rows, channels), |group, row, [first, second], _| {
+    let shifted = |group: usize, row: usize, [first, second]: [&mut [T]; 2], _: &mut [T]| {
         let shift = &x[group * group_len..][..channels];
         let x = &x[row * channels..][..channels];
         let (first, second) = (&mut first[..channels], &mut second[..channels]);
@@ -111,14 +64,18 @@ pub(super) fn statistics<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) -> Vec<Coe
             first[c] += d;
             second[c] += d * d;
         }
-    });
+    };
+    let sums = match given {
+        Some(sums) => sums.iter().map(|s| s.to_f64()).collect(),
+        None => group_sums::<T>(io.workspace, (op.groups, group_rows, channels), shifted),
+    };
     io.updates[2].get::<i64>()[0] += op.groups as i64;
     let rows = group_rows as f64;
     let mut finish = |group: usize| {
         let range = group * channels..(group + 1) * channels;
         let (first, second) = sums[group * 2 * channels..][..2 * channels].split_at(channels);
-        let mean: Vec<f64> =
-            first.iter().zip(&x[group * group_len..]).map(|(s, shift)| shift.to_f64() + s / rows).collect();
+        let shift = |c: usize| if op.sums_given { 0.0 } else { x[group * group_len + c].to_f64() };
+        let mean: Vec<f64> = first.iter().enumerate().map(|(c, s)| shift(c) + s / rows).collect();
         let variance: Vec<f64> = first.iter().zip(second).map(|(s, q)| ((q - s * s / rows) / rows).max(0.0)).collect();
         let rstd: Vec<f64> = variance.iter().map(|v| 1.0 / (v + op.eps).sqrt()).collect();
         let unbiased: Vec<f64> = variance.iter().map(|v| v * rows / (rows - 1.0)).collect();
@@ -134,7 +91,7 @@ pub(super) fn statistics<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) -> Vec<Coe
 pub(super) fn forward<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) {
     let groups = statistics::<T>(op, io);
     let x = io.inputs[0].get::<T>();
-    let residual = op.fusion.residual.then(|| io.inputs[io.inputs.len() - 1].get::<T>());
+    let residual = op.fusion.residual.then(|| io.inputs[op.fusion.residual_input()].get::<T>());
     let group_len = x.len() / op.groups;
     for (group, k) in groups.iter().enumerate() {
         let span = group * group_len..(group + 1) * group_len;

@@ -19,6 +19,11 @@ kernels! { "batch_norm";
         momentum: f64, mean: DevicePtr, rstd: DevicePtr, scale: DevicePtr, running_mean: DevicePtr, running_var: DevicePtr,
         num_batches_tracked: DevicePtr,
     );
+    /// The same from the sums of x and of its square.
+    fn batch_norm_finish_sums[; 256](
+        sums: DevicePtr, groups: i32, rows: i64, channels: i32, gamma: DevicePtr, eps: f64, momentum: f64, mean: DevicePtr,
+        rstd: DevicePtr, scale: DevicePtr, running_mean: DevicePtr, running_var: DevicePtr, num_batches_tracked: DevicePtr,
+    );
     /// y = act((x - mean) scale + beta + residual)
     fn batch_norm_apply[F32, Bf16, F16; 256](
         x: DevicePtr, residual: DevicePtr, mean: DevicePtr, scale: DevicePtr, beta: DevicePtr, relu: i32, y: DevicePtr,
@@ -64,6 +69,11 @@ pub(super) fn workspace_bytes(rows: &Rows, arrays: usize) -> usize {
     partials_bytes(rows) + arrays * rows.groups * rows.channels * size_of::<f32>()
 }
 
+/// Scratch of a forward pass whose sums are given: the scale of each channel and group.
+pub(super) fn scale_bytes(x: &TensorDesc, groups: usize) -> usize {
+    groups * x.shape.channels() * size_of::<f32>()
+}
+
 /// What the statistics of a forward pass leave for its last kernel.
 pub(super) struct Statistics {
     pub mean: DevicePtr,
@@ -78,6 +88,10 @@ pub(super) fn statistics(op: &BatchNorm, rows: &Rows, io: &CudaIo<'_>) -> Result
         true => (io.inputs[1].ptr, io.inputs[2].ptr),
         false => (DevicePtr::NULL, DevicePtr::NULL),
     };
+    if op.sums_given {
+        let scale = finish_given(op, rows, io)?;
+        return Ok(Statistics { mean: io.outputs[1].ptr, scale, beta });
+    }
     let (mean, rstd) = (io.outputs[1].ptr, io.outputs[2].ptr);
     let (partials, scale) = (io.workspace, io.workspace.offset(partials_bytes(rows)));
 
@@ -112,10 +126,38 @@ pub(super) fn statistics(op: &BatchNorm, rows: &Rows, io: &CudaIo<'_>) -> Result
     Ok(Statistics { mean, scale, beta })
 }
 
+/// The same from the sums that were given; returns where the scale is.
+fn finish_given(op: &BatchNorm, rows: &Rows, io: &CudaIo<'_>) -> Result<DevicePtr> {
+    let sums = io.inputs[io.inputs.len() - 1].ptr;
+    let gamma = if op.fusion.affine { io.inputs[1].ptr } else { DevicePtr::NULL };
+    let [running_mean, running_var, tracked] = [0, 1, 2].map(|i| io.updates[i].ptr);
+    let (mean, rstd, scale) = (io.outputs[1].ptr, io.outputs[2].ptr, io.workspace);
+    let [groups, channels] = [rows.groups, rows.channels].map(|n| n as i32);
+    let call = batch_norm_finish_sums(
+        sums,
+        groups,
+        rows.rows as i64,
+        channels,
+        gamma,
+        op.eps,
+        op.momentum,
+        mean,
+        rstd,
+        scale,
+        running_mean,
+        running_var,
+        tracked,
+    );
+    // SAFETY: `infer` checked that the sums are [groups, 2, channels], and `cuda_workspace` counted the scales; the rest as in
+    // `statistics`.
+    unsafe { io.launch(Grid::new([rows.channels.div_ceil(256) as u32, 1, 1]), call)? };
+    Ok(scale)
+}
+
 pub(super) fn forward(op: &BatchNorm, io: &CudaIo<'_>) -> Result<()> {
     let rows = Rows::new(io.inputs[0].desc, op.groups);
     let Statistics { mean, scale, beta } = statistics(op, &rows, io)?;
-    let residual = if op.fusion.residual { io.inputs[io.inputs.len() - 1].ptr } else { DevicePtr::NULL };
+    let residual = if op.fusion.residual { io.inputs[op.fusion.residual_input()].ptr } else { DevicePtr::NULL };
     let mask = io.outputs.get(3).map_or(DevicePtr::NULL, |mask| mask.ptr);
     let tiles = rows.streaming();
     let (x, y, relu) = (io.inputs[0].ptr, io.outputs[0].ptr, i32::from(op.fusion.relu));

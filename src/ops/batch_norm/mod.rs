@@ -4,6 +4,7 @@
 mod cpu;
 pub(super) mod cuda;
 pub mod pooled;
+pub(super) mod sums;
 
 use crate::backend::cpu::CpuIo;
 use crate::backend::cuda::CudaIo;
@@ -26,6 +27,11 @@ pub struct Fusion {
 }
 
 impl Fusion {
+    /// Which input of [`BatchNorm`] the residual is.
+    fn residual_input(self) -> usize {
+        if self.affine { 3 } else { 1 }
+    }
+
     /// Where the gradient finds the outputs that are greater than 0. Neither way takes a pass over y: without a residual x
     /// and the statistics say as much, with one the forward pass has left a bit for each of them.
     fn mask(self) -> Mask {
@@ -65,6 +71,8 @@ fn pack(x: &TensorDesc) -> usize {
 ///
 /// Inputs x `[n, ..., c]`, then gamma `[c]` and beta `[c]` if affine, then the residual (like x) if there is one. The
 /// outermost dimension is split into `groups` equal parts (the views), each normalised by its own mean and biased variance.
+/// With `sums_given` the last input is `[groups, 2, c]`: the sums of x and of x^2, which the convolution that made x has
+/// computed (see `Conv2d`). Without a shift they cancel in the variance where a mean is many times the spread.
 /// Outputs y (like x), mean `[groups, c]`, rstd `[groups, c]`; behind a residual and ReLU the mask y > 0 as well.
 /// Updates running_mean `[c]` and running_var `[c]` once per group in order (`r = (1 - momentum) r + momentum s`, with the
 /// unbiased variance), and num_batches_tracked by the number of groups: PyTorch's behaviour for one forward per view.
@@ -78,6 +86,8 @@ pub struct BatchNorm {
     pub momentum: f64,
     /// What is fused.
     pub fusion: Fusion,
+    /// Whether the sums of x and of x^2 come as an input.
+    pub sums_given: bool,
 }
 
 fn total_bytes(tensors: &[&TensorDesc]) -> u64 {
@@ -121,18 +131,25 @@ impl Op for BatchNorm {
             return Err(Error::shape("batch_norm", "first dimension of x", expected, &x.shape));
         }
         let statistics = TensorDesc::new([self.groups, channels], gradient_dtype(x.dtype));
+        if self.sums_given {
+            let expected = TensorDesc::new([self.groups, 2, channels], statistics.dtype);
+            match inputs.last() {
+                Some(sums) if **sums == expected => {}
+                sums => return Err(Error::shape("batch_norm", "sums", expected, sums.unwrap_or(&x))),
+            }
+        }
         let mut outputs = vec![x.clone(), statistics.clone(), statistics];
         outputs.extend((self.fusion.mask() == Mask::Stored).then(|| mask_desc(x)));
         Ok(outputs)
     }
 
     fn workspace(&self, inputs: &[&TensorDesc]) -> usize {
-        cpu::workspace_bytes(inputs[0].shape.channels(), self.groups)
+        sums::workspace_bytes(inputs[0].shape.channels(), self.groups)
     }
 
     fn backward(&self, g: &mut GradBuilder<'_>) -> Result<()> {
         let (affine, mask) = (self.fusion.affine, self.fusion.mask());
-        let residual = self.fusion.residual && g.needs(g.input_count() - 1);
+        let residual = self.fusion.residual && g.needs(self.fusion.residual_input());
         let op = BatchNormBackward { groups: self.groups, affine, mask, residual };
         let mut inputs = vec![g.d_output(0)?, g.input(0), g.output(1), g.output(2)];
         let mut targets = vec![Some(0)];
@@ -144,14 +161,15 @@ impl Op for BatchNorm {
             inputs.push(g.output(3));
         }
         if residual {
-            targets.push(Some(g.input_count() - 1));
+            targets.push(Some(self.fusion.residual_input()));
         }
         g.emit(op, &inputs, &targets)
     }
 
-    /// x is read again once its statistics are known.
+    /// x is read again once its statistics are known, unless their sums were given.
     fn bytes(&self, inputs: &[&TensorDesc], outputs: &[&TensorDesc]) -> u64 {
-        total_bytes(inputs) + total_bytes(outputs) + inputs[0].bytes() as u64
+        let again = if self.sums_given { 0 } else { inputs[0].bytes() as u64 };
+        total_bytes(inputs) + total_bytes(outputs) + again
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
@@ -160,7 +178,10 @@ impl Op for BatchNorm {
     }
 
     fn cuda_workspace(&self, inputs: &[&TensorDesc]) -> usize {
-        cuda::workspace_bytes(&Rows::new(inputs[0], self.groups), 1)
+        match self.sums_given {
+            true => cuda::scale_bytes(inputs[0], self.groups),
+            false => cuda::workspace_bytes(&Rows::new(inputs[0], self.groups), 1),
+        }
     }
 
     fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
@@ -202,7 +223,7 @@ impl Op for BatchNormBackward {
     }
 
     fn workspace(&self, inputs: &[&TensorDesc]) -> usize {
-        cpu::workspace_bytes(inputs[0].shape.channels(), self.groups)
+        sums::workspace_bytes(inputs[0].shape.channels(), self.groups)
     }
 
     fn accumulates(&self) -> bool {

@@ -7,24 +7,50 @@ pub mod stem;
 use crate::backend::conv::ConvGeometry;
 use crate::backend::cpu::{CpuIo, Real, Tier};
 use crate::backend::cuda::CudaIo;
-use crate::backend::cuda::library::{Convolution, Direction, Work};
+use crate::backend::cuda::library::{Convolution, Direction, Fused, Work};
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
-use crate::graph::{GradBuilder, Op};
+use crate::graph::{GradBuilder, Op, ValueId};
+use crate::ops::batch_norm::sums::{group_sums, workspace_bytes};
 use crate::tensor::{DType, TensorDesc};
 
 use stem::Stem;
 
+/// How the gradient of a convolution's input joins one that is there already: that of a residual branch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Join {
+    /// It is added in place as it is computed (cuDNN's beta = 1).
+    #[default]
+    Accumulate,
+    /// It is written to a place of its own, and added by an op of its own.
+    Separate,
+    /// The op takes the other one as an input and writes their sum to a new place, which cuDNN does in one graph. Not in
+    /// place: cuDNN's operation graphs are functions of different tensors, and nothing in their documentation says that two of
+    /// them may lie in the same memory.
+    Fused,
+}
+
 /// `y = conv(x, w)`; x: `[n][h][w][c_in]`, w: `[c_out][kh][kw][c_in]`, y: `[n][oh][ow][c_out]`. No bias: a batch norm follows.
+/// With `statistics` there is a second output for it, the sums of y and of y^2 over each group's part of the batch,
+/// `[groups][2][c_out]` in float32 (float64 of float64): only batch norm, whose own gradient accounts for them, may take it.
 #[derive(Debug, Clone, Copy)]
 pub struct Conv2d {
     /// Stride, vertical and horizontal.
     pub stride: [usize; 2],
     /// Zero padding on both sides, vertical and horizontal.
     pub padding: [usize; 2],
+    /// Statistics groups of the second output, if there is one.
+    pub statistics: Option<usize>,
+    /// How the gradient of x joins another one.
+    pub join: Join,
 }
 
 impl Conv2d {
+    /// One with nothing fused.
+    pub const fn new(stride: [usize; 2], padding: [usize; 2]) -> Conv2d {
+        Conv2d { stride, padding, statistics: None, join: Join::Accumulate }
+    }
+
     fn geometry(&self, x: &TensorDesc, w: &TensorDesc) -> Result<ConvGeometry> {
         let [n, h, width, c_in] = x.shape.expect("conv2d", "x")?;
         let [c_out, kh, kw, w_in] = w.shape.expect("conv2d", "w")?;
@@ -50,10 +76,30 @@ impl Op for Conv2d {
 
     fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
         let g = self.geometry(inputs[0], inputs[1])?;
-        Ok(vec![TensorDesc::new([g.n, g.oh(), g.ow(), g.c_out], inputs[0].dtype)])
+        let mut outputs = vec![TensorDesc::new([g.n, g.oh(), g.ow(), g.c_out], inputs[0].dtype)];
+        if let Some(groups) = self.statistics {
+            if !g.n.is_multiple_of(groups) {
+                let expected = format!("a multiple of {groups} groups");
+                return Err(Error::shape("conv2d", "first dimension of x", expected, g.n));
+            }
+            outputs.push(TensorDesc::new([groups, 2, g.c_out], gradient_dtype(inputs[0].dtype)));
+        }
+        Ok(outputs)
+    }
+
+    fn workspace(&self, inputs: &[&TensorDesc]) -> usize {
+        match (self.statistics, self.geometry(inputs[0], inputs[1])) {
+            (Some(groups), Ok(g)) => workspace_bytes(g.c_out, groups),
+            _ => 0,
+        }
     }
 
     fn backward(&self, g: &mut GradBuilder<'_>) -> Result<()> {
+        if self.statistics.is_some() && g.d_output(1).is_ok() {
+            let what =
+                "conv2d: the statistics have no gradient of their own, and something other than batch norm uses them";
+            return Err(Error::Unsupported { what: what.into(), hint: None });
+        }
         let (x, w, d_y) = (g.input(0), g.input(1), g.d_output(0)?);
         if g.needs(1) {
             let kernel = g.tape().desc(w).shape.expect::<4>("conv2d", "w")?;
@@ -61,15 +107,20 @@ impl Op for Conv2d {
         }
         if g.needs(0) {
             let [_, h, width, _] = g.tape().desc(x).shape.expect("conv2d", "x")?;
-            g.emit(Conv2dDgrad { forward: *self, size: [h, width] }, &[d_y, w], &[Some(0)])?;
+            let addend = if self.join == Join::Fused { g.take_gradient(0) } else { None };
+            let inputs: Vec<ValueId> = [d_y, w].into_iter().chain(addend).collect();
+            g.emit(Conv2dDgrad { forward: *self, size: [h, width] }, &inputs, &[Some(0)])?;
         }
         Ok(())
     }
 
     fn library_work(&self, inputs: &[&TensorDesc]) -> Option<Work> {
         let (geometry, dtype) = (self.geometry(inputs[0], inputs[1]).ok()?, inputs[0].dtype);
-        let work = Work::Convolution(Convolution { direction: Direction::Forward, geometry, dtype });
-        Stem::of(&geometry, dtype).is_none().then_some(work)
+        // The kernels of our own compute no statistics.
+        let own = self.statistics.is_none() && Stem::of(&geometry, dtype).is_some();
+        let fused = self.statistics.map_or(Fused::Nothing, |groups| Fused::Statistics { groups });
+        let plain = Convolution::new(Direction::Forward, geometry, dtype);
+        (!own).then_some(Work::Convolution(Convolution { fused, ..plain }))
     }
 
     fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
@@ -81,10 +132,14 @@ impl Op for Conv2d {
         let g = self.geometry(io.inputs[0].desc, io.inputs[1].desc)?;
         dispatch_real!("conv2d", io.inputs[0].desc.dtype, T => {
             let (x, w) = (io.inputs[0].get::<T>(), io.inputs[1].get::<T>());
-            let y = io.outputs[0].get::<T>();
+            let (y, sums) = io.outputs.split_at_mut(1);
+            let y = y[0].get::<T>();
             match io.tier {
                 Tier::Reference => reference::forward(&g, x, w, y),
                 Tier::Direct => direct::forward(&g, x, w, y),
+            }
+            if let (Some(groups), [sums]) = (self.statistics, sums) {
+                statistics(y, (groups, g.c_out), io.workspace, sums.get::<T>());
             }
         });
         Ok(())
@@ -95,7 +150,21 @@ impl Op for Conv2d {
     }
 }
 
-/// The gradient of [`Conv2d`]'s input: inputs d_y and w, output d_x.
+/// The sums of y and of y^2 over the rows of each group, `[groups][2][channels]`.
+fn statistics<T: Real>(y: &[T], (groups, channels): (usize, usize), workspace: &mut [u8], sums: &mut [T]) {
+    let group_rows = y.len() / channels / groups;
+    let totals = group_sums::<T>(workspace, (groups, group_rows, channels), |_, row, [first, second], _| {
+        let y = &y[row * channels..][..channels];
+        let (first, second) = (&mut first[..channels], &mut second[..channels]);
+        for c in 0..channels {
+            first[c] += y[c];
+            second[c] += y[c] * y[c];
+        }
+    });
+    sums.iter_mut().zip(&totals).for_each(|(sum, total)| *sum = T::of(*total));
+}
+
+/// The gradient of [`Conv2d`]'s input: inputs d_y and w, and like d_x what is added to it if anything is; output d_x.
 #[derive(Debug, Clone, Copy)]
 struct Conv2dDgrad {
     forward: Conv2d,
@@ -122,24 +191,34 @@ impl Op for Conv2dDgrad {
         if *inputs[0] != expected {
             return Err(Error::shape("conv2d_dgrad", "d_y", expected, inputs[0]));
         }
-        Ok(vec![TensorDesc::new([g.n, g.h, g.w, g.c_in], inputs[0].dtype)])
+        let d_x = TensorDesc::new([g.n, g.h, g.w, g.c_in], inputs[0].dtype);
+        match inputs.get(2) {
+            Some(addend) if **addend != d_x => Err(Error::shape("conv2d_dgrad", "what is added", d_x, addend)),
+            _ => Ok(vec![d_x]),
+        }
     }
 
     fn accumulates(&self) -> bool {
-        true
+        self.forward.join != Join::Separate
     }
 
     fn library_work(&self, inputs: &[&TensorDesc]) -> Option<Work> {
         let geometry = self.geometry(inputs[0], inputs[1]).ok()?;
-        Some(Work::Convolution(Convolution { direction: Direction::DataGradient, geometry, dtype: inputs[0].dtype }))
+        let fused = if inputs.len() > 2 { Fused::Addition } else { Fused::Nothing };
+        let plain = Convolution::new(Direction::DataGradient, geometry, inputs[0].dtype);
+        Some(Work::Convolution(Convolution { fused, ..plain }))
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
         let g = self.geometry(io.inputs[0].desc, io.inputs[1].desc)?;
         dispatch_real!("conv2d_dgrad", io.inputs[0].desc.dtype, T => {
             let (d_y, w) = (io.inputs[0].get::<T>(), io.inputs[1].get::<T>());
-            let accumulate = io.outputs[0].accumulate;
+            let mut accumulate = io.outputs[0].accumulate;
             let d_x = io.outputs[0].get::<T>();
+            if let Some(addend) = io.inputs.get(2) {
+                d_x.copy_from_slice(addend.get::<T>());
+                accumulate = true;
+            }
             match io.tier {
                 Tier::Reference => reference::dgrad(&g, d_y, w, d_x, accumulate),
                 Tier::Direct => direct::dgrad(&g, d_y, w, d_x, accumulate),
@@ -200,7 +279,7 @@ impl Op for Conv2dWgrad {
 
     fn library_work(&self, inputs: &[&TensorDesc]) -> Option<Work> {
         let (geometry, dtype) = (self.geometry(inputs[0], inputs[1]).ok()?, inputs[0].dtype);
-        let work = Work::Convolution(Convolution { direction: Direction::WeightGradient, geometry, dtype });
+        let work = Work::Convolution(Convolution::new(Direction::WeightGradient, geometry, dtype));
         Stem::of(&geometry, dtype).is_none().then_some(work)
     }
 

@@ -73,7 +73,7 @@ pub(super) struct Stem {
 impl Stem {
     /// The convolution with these sizes, if it is one.
     pub fn of(g: &ConvGeometry, dtype: DType) -> Option<Stem> {
-        let op = Conv2d { stride: g.stride, padding: g.padding };
+        let op = Conv2d::new(g.stride, g.padding);
         if g.c_in != CHANNELS || !covers(&op, g.kernel, g.c_out, dtype) {
             return None;
         }

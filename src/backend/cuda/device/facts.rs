@@ -82,23 +82,31 @@ pub(super) fn list() -> Result<Vec<DeviceFacts>> {
 }
 
 fn facts(ordinal: usize, device: sys::CUdevice) -> Result<DeviceFacts> {
-    let attribute = |attribute| {
-        // SAFETY: the driver has named the device.
-        let value = unsafe { result::device::get_attribute(device, attribute) };
-        value.map(|value| value as u32).map_err(|e| failed("describe the device", e))
-    };
-    let major = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-    let minor = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    let capability = capability(device)?;
     let archs = compiled_modules().first().map_or(&[][..], |module| module.archs);
     Ok(DeviceFacts {
         ordinal,
         name: name(device)?,
-        capability: [major, minor],
-        multiprocessors: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        capability,
+        multiprocessors: attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         // SAFETY: the driver has named the device.
         memory: unsafe { result::device::total_mem(device) }.map_err(|e| failed("describe the device", e))?,
-        code: code_for([major, minor], archs),
+        code: code_for(capability, archs),
     })
+}
+
+fn attribute(device: sys::CUdevice, attribute: CUdevice_attribute) -> Result<u32> {
+    // SAFETY: the driver has named the device.
+    let value = unsafe { result::device::get_attribute(device, attribute) };
+    value.map(|value| value as u32).map_err(|e| failed("describe the device", e))
+}
+
+/// The compute capability of a device.
+pub(super) fn capability(device: sys::CUdevice) -> Result<[u32; 2]> {
+    Ok([
+        attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+        attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+    ])
 }
 
 pub(super) fn name(device: sys::CUdevice) -> Result<String> {

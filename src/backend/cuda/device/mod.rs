@@ -33,6 +33,7 @@ use crate::error::Result;
 #[derive(Debug)]
 pub struct CudaDevice {
     name: String,
+    capability: [u32; 2],
     /// Loaded when they are first asked for; their handles are given back before the streams.
     libraries: OnceLock<CudaLibraries>,
     allocations: Allocations,
@@ -67,6 +68,7 @@ impl CudaDevice {
             compute: Queue::new(&context)?,
             copy: Queue::new(&context)?,
             name,
+            capability: facts::capability(device)?,
             context,
         })
     }
@@ -148,6 +150,10 @@ impl Driver for CudaDevice {
 
     fn emulated(&self) -> bool {
         false
+    }
+
+    fn capability(&self) -> Option<[u32; 2]> {
+        Some(self.capability)
     }
 
     fn allocate(&self, bytes: usize) -> Result<DevicePtr> {

@@ -183,7 +183,7 @@ mod hex {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Convolution, Direction, Product};
+    use super::super::{Convolution, Direction, Fused, Product};
     use super::*;
     use crate::backend::conv::ConvGeometry;
     use crate::tensor::DType;
@@ -208,8 +208,15 @@ mod tests {
         let (direction, dtype) = (Direction::WeightGradient, DType::F16);
         let (kernel, stride, padding) = ([7, 7], [2, 2], [3, 3]);
         let geometry = ConvGeometry { n: 3, h: 5, w: 6, c_in: 8, c_out: 64, kernel, stride, padding };
-        let convolution = Convolution { direction, geometry, dtype };
+        let convolution = Convolution::new(direction, geometry, dtype);
         Key { work: Work::Convolution(convolution), accumulate: false, choice: Choice::default() }
+    }
+
+    /// A convolution with something fused.
+    fn fused(fused: Fused) -> Key {
+        let Work::Convolution(plain) = convolution().work else { panic!("a convolution") };
+        let work = Work::Convolution(Convolution { direction: Direction::Forward, fused, ..plain });
+        Key { work, ..convolution() }
     }
 
     fn engine() -> Algorithm {
@@ -228,11 +235,18 @@ mod tests {
         assert_eq!(cache.get(&product(2)), None);
         cache.insert(product(2), bytes());
         cache.insert(convolution(), engine());
+        let [plain, summed] = [Fused::Nothing, Fused::Statistics { groups: 3 }].map(fused);
+        let other = Algorithm::Cudnn(Engine { index: 2, knobs: vec![] });
+        cache.insert(plain, engine());
+        cache.insert(summed, other.clone());
         cache.write().unwrap();
         let again = Cache::at(machine(), Some(&folder));
         assert_eq!(again.get(&product(2)), Some(&bytes()));
         assert_eq!(again.get(&convolution()), Some(&engine()));
+        assert_eq!((again.get(&plain), again.get(&summed)), (Some(&engine()), Some(&other)));
         // Everything that decides is part of the key.
+        assert_eq!(again.get(&fused(Fused::Statistics { groups: 1 })), None);
+        assert_eq!(again.get(&fused(Fused::Addition)), None);
         assert_eq!(again.get(&Key { accumulate: false, ..product(2) }), None);
         assert_eq!(again.get(&Key { choice: Choice { tf32: true, autotune: true }, ..product(2) }), None);
         assert_eq!(again.get(&product(3)), None);

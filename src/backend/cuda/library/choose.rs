@@ -11,11 +11,11 @@ use crate::error::{Error, Result};
 use crate::tensor::DType;
 
 use super::super::device::{Context, CudaDevice};
-use super::super::{Driver, cast};
+use super::super::{DevicePtr, Driver, cast};
 use super::cache::{self, Cache, Key, Machine};
 use super::cublaslt::{self, CublasLt, Matmul, Pointers};
 use super::cudnn::{self, Cudnn, Epilogue, Graph, Limits, Plan, Tensor};
-use super::{Choice, Convolution, Direction, Libraries, Operands, Prepared, Product, SCRATCH, Work};
+use super::{Choice, Convolution, Direction, Fused, Libraries, Operands, Prepared, Product, SCRATCH, Work};
 
 /// How many algorithms are timed: of cuDNN, of cuBLASLt. Without autotuning each library's first few: on an H100 its first
 /// alone made gradients that are added to what is there 10 to 20 % slower than autotuning did.
@@ -225,15 +225,66 @@ pub fn limits(convolution: &Convolution, choice: Choice) -> Limits {
     Limits { workspace: SCRATCH, tensor_cores: convolution.dtype != DType::F32 || choice.tf32 }
 }
 
-/// The graph that brings the result of a convolution to its place, or to its staging.
+/// The graph that brings the result of a convolution to its place, or to its staging. cuDNN's statistics are those of a whole
+/// tensor: with statistics of parts of the batch, the graph is that of one part, and runs once for each.
 ///
 /// # Errors
-/// As [`Graph::new`].
+/// As [`Graph::new`]; [`Error::Unsupported`] for parts that do not lie where cuDNN's engines count on.
 pub fn graph(cudnn: &Arc<Cudnn>, target: &cudnn::Target, convolution: &Convolution, accumulate: bool) -> Result<Graph> {
-    // What is staged is added when it is converted.
-    let staged = Work::Convolution(*convolution).staging() > 0;
-    let epilogue = if accumulate && !staged { Epilogue::Accumulate } else { Epilogue::None };
-    Graph::new(cudnn, target, convolution, epilogue)
+    match convolution.fused {
+        Fused::Statistics { groups } => {
+            let part = Part::of(convolution, groups)?;
+            Graph::new(cudnn, target, &part.convolution, Epilogue::Statistics)
+        }
+        Fused::Addition => Graph::new(cudnn, target, convolution, Epilogue::Add),
+        Fused::Nothing => {
+            // What is staged is added when it is converted.
+            let staged = Work::Convolution(*convolution).staging() > 0;
+            let epilogue = if accumulate && !staged { Epilogue::Accumulate } else { Epilogue::None };
+            Graph::new(cudnn, target, convolution, epilogue)
+        }
+    }
+}
+
+/// One of the equal parts of a batch that have statistics of their own.
+struct Part {
+    /// The convolution of its images.
+    convolution: Convolution,
+    /// Bytes of its x, of its y, and of one of its two sums.
+    bytes: [usize; 3],
+}
+
+impl Part {
+    fn of(convolution: &Convolution, groups: usize) -> Result<Part> {
+        let mut convolution = *convolution;
+        convolution.geometry.n /= groups;
+        let (geometry, dtype) = (&convolution.geometry, convolution.dtype);
+        let activations = [geometry.x_len(), geometry.y_len()].map(|len| len * dtype.size());
+        let bytes = [activations[0], activations[1], geometry.c_out * DType::F32.size()];
+        match bytes.iter().find(|bytes| !bytes.is_multiple_of(cudnn::ALIGNMENT)) {
+            None => Ok(Part { convolution, bytes }),
+            Some(bytes) => {
+                let what = format!(
+                    "cuDNN: expected statistics of parts whose x, y and sums take multiples of {} bytes, got {bytes}",
+                    cudnn::ALIGNMENT
+                );
+                Err(Error::Unsupported { what, hint: None })
+            }
+        }
+    }
+
+    /// Where the tensors of part number `index` lie.
+    fn tensors(&self, operands: &Operands, index: usize) -> [(Tensor, DevicePtr); 5] {
+        let ([x, w], [x_bytes, y_bytes, sum_bytes]) = (operands.inputs, self.bytes);
+        let sum = operands.sums.offset(2 * index * sum_bytes);
+        [
+            (Tensor::X, x.offset(index * x_bytes)),
+            (Tensor::W, w),
+            (Tensor::Y, operands.out.offset(index * y_bytes)),
+            (Tensor::Sum, sum),
+            (Tensor::SquareSum, sum.offset(sum_bytes)),
+        ]
+    }
 }
 
 fn no_algorithm() -> Error {
@@ -241,10 +292,21 @@ fn no_algorithm() -> Error {
     Error::Unsupported { what, hint: Some("RUST_LOG=debug tells why each was refused".into()) }
 }
 
-/// Says what could not be done.
+/// Says what could not be done, and what to do without.
 fn of_work(error: Error, work: &Work) -> Error {
+    let fused = match work {
+        Work::Convolution(convolution) => convolution.fused,
+        Work::Product(_) => Fused::Nothing,
+    };
     match error {
-        Error::Unsupported { what, hint } => Error::Unsupported { what: format!("{what}, for {work:?}"), hint },
+        Error::Unsupported { what, hint } => {
+            let hint = match fused {
+                Fused::Nothing => hint,
+                Fused::Statistics { .. } => Some("leave this layer out of --fuse-statistics".into()),
+                Fused::Addition => Some("leave this layer out of --residual-gradient fused".into()),
+            };
+            Error::Unsupported { what: format!("{what}, for {work:?}"), hint }
+        }
         other => other,
     }
 }
@@ -306,15 +368,24 @@ impl Chosen {
             let message = "a convolution was prepared for a product".into();
             return Err(Error::Internal { thread: "cuDNN".into(), message });
         };
+        if let Fused::Statistics { groups } = convolution.fused {
+            let part = Part::of(convolution, groups)?;
+            // SAFETY: the parts lie one after the other in the operands, which are the caller's promise; the rest as below.
+            return (0..groups).try_for_each(|i| unsafe { plan.run(&part.tensors(operands, i), operands.workspace) });
+        }
         let staged = self.work.staging() > 0;
         let staging = operands.workspace.offset(SCRATCH);
         let out = if staged { staging } else { operands.out };
         let [first, second] = operands.inputs;
-        let tensors = match convolution.direction {
+        let mut tensors = match convolution.direction {
             Direction::Forward => [(Tensor::X, first), (Tensor::W, second), (Tensor::Y, out)],
             Direction::DataGradient => [(Tensor::Y, first), (Tensor::W, second), (Tensor::X, out)],
             Direction::WeightGradient => [(Tensor::X, first), (Tensor::Y, second), (Tensor::W, out)],
-        };
+        }
+        .to_vec();
+        if convolution.fused == Fused::Addition {
+            tensors.push((Tensor::Addend, operands.added));
+        }
         // SAFETY: the operands are the caller's promise, the context is bound, and the plan keeps to `SCRATCH`.
         unsafe { plan.run(&tensors, operands.workspace) }?;
         if staged {
@@ -329,13 +400,13 @@ impl Chosen {
     /// As [`Prepared::run`].
     unsafe fn multiply(&self, driver: &dyn Driver, matmul: &Matmul, operands: &Operands) -> Result<()> {
         let [mut a, mut b] = operands.inputs;
-        let mut bias = operands.bias;
+        let mut bias = operands.added;
         match &self.work {
             Work::Convolution(c) if c.direction == Direction::WeightGradient => (a, b) = (b, a),
             Work::Product(product) if self.work.staging() > 0 => {
                 bias = operands.workspace.offset(SCRATCH);
                 // SAFETY: the bias has a float32 for each column, and the workspace has room for them in 16 bits.
-                unsafe { cast::narrow(driver, product.out, operands.bias, bias, product.n) }?;
+                unsafe { cast::narrow(driver, product.out, operands.added, bias, product.n) }?;
             }
             _ => {}
         }

@@ -68,7 +68,8 @@ impl<'a> Memory<'a> {
             Direction::DataGradient => ([self.y, self.w], self.x),
             Direction::WeightGradient => ([self.x, self.y], self.w),
         };
-        Operands { inputs, bias: DevicePtr::NULL, out, accumulate, workspace: self.workspace }
+        let (added, sums) = (DevicePtr::NULL, DevicePtr::NULL);
+        Operands { inputs, added, out, sums, accumulate, workspace: self.workspace }
     }
 }
 

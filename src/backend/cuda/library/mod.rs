@@ -39,6 +39,22 @@ pub enum Direction {
     WeightGradient,
 }
 
+/// What a convolution computes besides, in the same pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Fused {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// Of y (forward): the sum and the sum of squares of each channel, for each of so many equal parts of the batch.
+    Statistics {
+        /// Parts; n is a multiple of it.
+        groups: usize,
+    },
+    /// Of d_x (data gradient): its sum with another tensor.
+    Addition,
+}
+
 /// A convolution; x is `[n][h][w][c_in]`, w `[c_out][kh][kw][c_in]`, y `[n][oh][ow][c_out]`, zero padding, no flip.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct Convolution {
@@ -48,11 +64,21 @@ pub struct Convolution {
     pub geometry: ConvGeometry,
     /// Element type of x, w and y; d_w is float32 always.
     pub dtype: DType,
+    /// What is computed with it.
+    pub fused: Fused,
 }
 
 impl Convolution {
-    /// The same as a matrix product, which it is for 1x1 kernels that leave nothing out.
+    /// One that computes nothing besides.
+    pub fn new(direction: Direction, geometry: ConvGeometry, dtype: DType) -> Convolution {
+        Convolution { direction, geometry, dtype, fused: Fused::Nothing }
+    }
+
+    /// The same as a matrix product, which it is for 1x1 kernels that leave nothing out, when nothing is fused with it.
     pub fn as_product(&self) -> Option<Product> {
+        if self.fused != Fused::Nothing {
+            return None;
+        }
         let ConvGeometry { n, h, w, c_in, c_out, kernel, stride, padding } = self.geometry;
         if kernel != [1, 1] || stride != [1, 1] || padding != [0, 0] {
             return None;
@@ -99,7 +125,8 @@ pub struct Product {
     pub out: DType,
 }
 
-/// A piece of work. Its operands are, in order: x, w (forward); d_y, w (data gradient); x, d_y (weight gradient); A, B.
+/// A piece of work. Its operands are, in order: x, w (forward); d_y, w (data gradient); x, d_y (weight gradient); A, B; then
+/// what is added, if anything is.
 /// When a weight gradient becomes a product, A is its second operand and B its first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -142,10 +169,12 @@ impl Work {
 pub struct Operands {
     /// The two inputs, in the order that [`Work`] says.
     pub inputs: [DevicePtr; 2],
-    /// The bias of a product that has one, else NULL.
-    pub bias: DevicePtr,
+    /// What is added to the result: the bias of a product, the tensor of [`Fused::Addition`], else NULL.
+    pub added: DevicePtr,
     /// The result.
     pub out: DevicePtr,
+    /// The sums of [`Fused::Statistics`], `[groups][2][c_out]` in float32, else NULL.
+    pub sums: DevicePtr,
     /// Whether it is added to what is there.
     pub accumulate: bool,
     /// Scratch of [`Work::workspace`] bytes, at a multiple of 256 bytes.

@@ -25,7 +25,7 @@ const NONE: u8 = u8::MAX;
 /// `y = max_pool(relu(batch_norm(x)))`, training mode: as [`BatchNorm`] with ReLU and [`crate::ops::pool::MaxPool`] of 3x3 windows
 /// with stride 2 and padding 1 one after the other, bit for bit; in its gradient sums over pixels are in another order.
 ///
-/// Inputs x `[n][h][w][c]`, gamma `[c]`, beta `[c]`. Outputs y `[n][oh][ow][c]`, mean `[groups, c]`, rstd `[groups, c]`, and for
+/// Inputs x `[n][h][w][c]`, gamma `[c]`, beta `[c]`, then the sums if they are given. Outputs y `[n][oh][ow][c]`, mean `[groups, c]`, rstd `[groups, c]`, and for
 /// each element of y a byte: the position in its window, row by row, that the gradient goes to, or 255 for none. Updates as
 /// [`BatchNorm`].
 #[derive(Debug, Clone, Copy)]
@@ -34,10 +34,10 @@ pub struct BatchNormMaxPool {
 }
 
 impl BatchNormMaxPool {
-    /// With the constants of a batch norm: see [`BatchNorm`].
-    pub fn new(groups: usize, eps: f64, momentum: f64) -> BatchNormMaxPool {
+    /// With the constants of a batch norm, and whether the sums come as an input: see [`BatchNorm`].
+    pub fn new(groups: usize, eps: f64, momentum: f64, sums_given: bool) -> BatchNormMaxPool {
         let fusion = Fusion { affine: true, residual: false, relu: true };
-        BatchNormMaxPool { norm: BatchNorm { groups, eps, momentum, fusion } }
+        BatchNormMaxPool { norm: BatchNorm { groups, eps, momentum, fusion, sums_given } }
     }
 }
 
@@ -100,7 +100,7 @@ impl Op for BatchNormMaxPool {
         g.emit(op, &inputs, &[Some(0), Some(1), Some(2)])
     }
 
-    /// x is read again once its statistics are known.
+    /// x is read again once its statistics are known, unless their sums were given.
     fn bytes(&self, inputs: &[&TensorDesc], outputs: &[&TensorDesc]) -> u64 {
         self.norm.bytes(inputs, outputs)
     }

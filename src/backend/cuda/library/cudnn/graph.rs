@@ -11,7 +11,7 @@ use super::descriptor::{Descriptor, Flag};
 use super::{Cudnn, Target};
 
 /// Alignment that plans may count on: the arena's tensors lie at multiples of 64 bytes, and 16 is what a vector access needs.
-const ALIGNMENT: i64 = 16;
+pub const ALIGNMENT: usize = 16;
 
 /// What follows a convolution in the same graph.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -130,7 +130,7 @@ impl Builder<'_> {
             .set(attribute::TENSOR_DIMENSIONS, kind::INT64, &sizes)?
             .set(attribute::TENSOR_STRIDES, kind::INT64, &strides)?
             .set(attribute::TENSOR_UNIQUE_ID, kind::INT64, &[name as i64])?
-            .set(attribute::TENSOR_BYTE_ALIGNMENT, kind::INT64, &[ALIGNMENT])?
+            .set(attribute::TENSOR_BYTE_ALIGNMENT, kind::INT64, &[ALIGNMENT as i64])?
             .set(attribute::TENSOR_IS_VIRTUAL, kind::BOOLEAN, &[Flag(inner.into())])?;
         Ok(Arc::new(tensor.finish("describe a tensor")?))
     }

@@ -7,7 +7,7 @@ mod descriptor;
 mod graph;
 mod plan;
 
-pub use graph::{Epilogue, Graph, Tensor};
+pub use graph::{ALIGNMENT, Epilogue, Graph, Tensor};
 pub use plan::{Engine, Limits, Plan};
 
 use std::ffi::{CStr, c_char, c_void};

@@ -11,6 +11,8 @@ use super::descriptor::Descriptor;
 use super::graph::{Graph, Tensor};
 use super::{Opaque, Target};
 
+/// How many sets of pointers a plan keeps as cuDNN takes them: two copies of the inputs times two views.
+const PACKS: usize = 4;
 /// More than any engine has of notes and knobs.
 const MANY: usize = 64;
 
@@ -47,7 +49,7 @@ pub struct Engine {
 pub struct Plan {
     descriptor: Descriptor,
     /// The pointers that it ran on last: most plans run on the same ones again and again.
-    packed: Mutex<Option<Packed>>,
+    packed: Mutex<Vec<Packed>>,
     target: Target,
     /// The engine and its settings.
     pub engine: Engine,
@@ -203,15 +205,21 @@ impl Plan {
             return Err(Error::Internal { thread: "cuDNN".into(), message });
         };
         let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
-        packed.take_if(|old| old.tensors != tensors || old.workspace != workspace);
-        let pack = match &mut *packed {
-            Some(packed) => packed,
-            none => none.insert(self.pack(tensors, workspace)?),
+        let known = packed.iter().position(|old| old.tensors == tensors && old.workspace == workspace);
+        let index = match known {
+            Some(index) => index,
+            None => {
+                let new = self.pack(tensors, workspace)?;
+                packed.truncate(PACKS - 1);
+                packed.insert(0, new);
+                0
+            }
         };
+        let pack = &packed[index].pack;
         let cudnn = self.descriptor.cudnn();
         let handle = handle.raw();
         // SAFETY: handle, plan and pack are alive and finished; the memory is the caller's promise.
-        let status = unsafe { (cudnn.functions.cudnnBackendExecute)(*handle, self.descriptor.raw(), pack.pack.raw()) };
+        let status = unsafe { (cudnn.functions.cudnnBackendExecute)(*handle, self.descriptor.raw(), pack.raw()) };
         cudnn.check(status, &format!("run engine {}", self.engine.index))
     }
 
