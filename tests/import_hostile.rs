@@ -237,6 +237,8 @@ fn flipped_bits_of_a_zip_file_are_noticed() {
     }
 }
 
+const OPCODES: &[u8] = b"().0NRQbqhjKMJeau}]tsc\x81\x85\x86\x93\x94\x8a\xff\0";
+
 /// Changes, removes and doubles some bytes.
 fn mutate(bytes: &mut Vec<u8>, stream: &mut Stream) {
     for _ in 0..=below(stream.word(), 3) {
@@ -251,7 +253,7 @@ fn mutate(bytes: &mut Vec<u8>, stream: &mut Stream) {
             }
             4 if at < bytes.len() => bytes[at] ^= 1 << (stream.word() % 8),
             _ if at < bytes.len() => {
-                let opcode = b"().0NRQbqhjKMJeau}]tsct\x81\x85\x86\x93\x94\x8a\xff\0"[stream.word() as usize % 32];
+                let opcode = OPCODES[stream.word() as usize % OPCODES.len()];
                 bytes[at] = [opcode, stream.word() as u8][stream.word() as usize % 2];
             }
             _ => {}

@@ -61,7 +61,12 @@ fn directory(path: &Path, file: &[u8]) -> Result<usize> {
         let what = "the file is cut: it begins as a zip file and does not end as one";
         return Err(Error::format(path, Some(file.len() as u64), what).with_hint("copy or download it again"));
     };
-    let offset = Record { path, file, at: end }.number(16, 4)?;
+    let record = Record { path, file, at: end };
+    let promised = end + END_LEN + record.number(20, 2)? as usize;
+    if promised != file.len() {
+        return Err(record.fault(format!("the zip file ends at byte {}, expected {promised}", file.len())));
+    }
+    let offset = record.number(16, 4)?;
     if offset != SEE_EXTRA {
         return Ok(offset as usize);
     }

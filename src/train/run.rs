@@ -139,25 +139,7 @@ impl RunFolder {
     pub fn checkpoints(&self, keep_last: usize) -> Result<Checkpoints> {
         Checkpoints::new(self.path.join(CHECKPOINTS), keep_last)
     }
-}
 
-/// A run in progress.
-pub struct Run<'a> {
-    config: &'a RunConfig,
-    dataset: Arc<Dataset>,
-    schedule: Schedule,
-    trainer: Trainer,
-    checkpoints: Checkpoints,
-    newest: Option<PathBuf>,
-    metrics: MetricsWriter,
-    monitor: CollapseMonitor,
-    probe: Option<Box<dyn Probe + 'a>>,
-    clock: Clock,
-    last: Option<Line>,
-    knn: Option<f64>,
-}
-
-impl RunFolder {
     /// Writes the checkpoint that a run begins with whose weights are not drawn: `tensors` of `trainer`'s network, after `step`
     /// steps.
     ///
@@ -179,6 +161,22 @@ impl RunFolder {
         };
         self.checkpoints(config.log.keep_last)?.save(step, tensors, &state)
     }
+}
+
+/// A run in progress.
+pub struct Run<'a> {
+    config: &'a RunConfig,
+    dataset: Arc<Dataset>,
+    schedule: Schedule,
+    trainer: Trainer,
+    checkpoints: Checkpoints,
+    newest: Option<PathBuf>,
+    metrics: MetricsWriter,
+    monitor: CollapseMonitor,
+    probe: Option<Box<dyn Probe + 'a>>,
+    clock: Clock,
+    last: Option<Line>,
+    knn: Option<f64>,
 }
 
 impl<'a> Run<'a> {
