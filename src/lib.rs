@@ -9,6 +9,7 @@ pub mod eval;
 pub mod exec;
 pub mod export;
 pub mod graph;
+pub mod import;
 pub mod nn;
 pub mod ops;
 pub mod report;

@@ -253,6 +253,7 @@ fn run_folder(folder: &Path) -> NamedTensors {
         data: "images.ssds".into(),
         seed: 5,
         shuffle_window: 0,
+        init: None,
         recipe: Recipe {
             epochs: 3,
             batch: 2,

@@ -13,7 +13,7 @@ const LAYERS: &[&[&[&str]]] = &[
     &[&["ops"]],
     &[&["exec"], &["nn"]],
     &[&["train"]],
-    &[&["eval", "export", "report", "selftest"]],
+    &[&["eval", "export", "import", "report", "selftest"]],
     &[&["cli"]],
 ];
 

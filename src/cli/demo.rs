@@ -221,6 +221,7 @@ impl Demo {
             data: self.train.path().to_path_buf(),
             seed: SEED,
             shuffle_window: 0,
+            init: None,
             recipe: Recipe {
                 epochs,
                 batch: BATCH,

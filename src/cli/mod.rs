@@ -8,6 +8,7 @@ mod devices;
 mod export;
 mod facts;
 mod gpu_args;
+mod import;
 mod inspect;
 mod kernels;
 mod machine;
@@ -69,6 +70,8 @@ enum Command {
     Profile(Box<profile::ProfileArgs>),
     /// Write the trained backbone as a file that torchvision loads.
     Export(export::ExportArgs),
+    /// Show what is in a file of weights (PyTorch, torchvision, timm, the reference), and make it a checkpoint.
+    Import(import::ImportArgs),
     /// Measure a part of the engine on this machine, and name what holds it up.
     Bench(bench::BenchArgs),
     /// Show the GPUs of this machine and NVIDIA's libraries, or why there are none.
@@ -103,6 +106,7 @@ fn run(command: Command) -> Result<()> {
         Command::Plan(args) => plan::run(args),
         Command::Profile(args) => profile::run(&args),
         Command::Export(args) => export::run(args),
+        Command::Import(args) => import::run(&args),
         Command::Bench(args) => bench::run(args),
         Command::Devices(args) => devices::run(&args),
         Command::Kernels(args) => kernels::run(&args),

@@ -5,12 +5,14 @@ use std::sync::Arc;
 
 use super::augment_args::AugmentArgs;
 use super::gpu_args::GpuArgs;
+use super::import::{InitArgs, Start};
 use super::model_args::ModelArgs;
 use super::preset::Preset;
 use super::recipe_args::RecipeArgs;
 use super::signals;
 use crate::backend::cpu::Tier;
 use crate::data::dataset::Dataset;
+use crate::data::loader::steps_per_epoch;
 use crate::data::mapped::Access;
 use crate::error::{Error, Result};
 use crate::eval::features::{FeatureExtractor, KnnProbe};
@@ -41,6 +43,8 @@ pub struct TrainArgs {
     /// all at once].
     #[arg(long, value_name = "N", conflicts_with = "resume")]
     shuffle_window: Option<u64>,
+    #[command(flatten)]
+    init: InitArgs,
     #[command(flatten)]
     recipe: RecipeArgs,
     #[command(flatten)]
@@ -116,7 +120,7 @@ struct MachineArgs {
 
 pub fn run(args: TrainArgs) -> Result<()> {
     let interrupt = signals::install()?;
-    let Asked { config, folder, dataset, device } = match &args.resume {
+    let Asked { config, folder, dataset, device, init } = match &args.resume {
         Some(path) => resume(&args, path)?,
         None => start(&args)?,
     };
@@ -127,6 +131,11 @@ pub fn run(args: TrainArgs) -> Result<()> {
         Some(folder) => folder,
         None => RunFolder::create(&args.run.unwrap_or_default(), &config)?,
     };
+    if let Some(start) = &init {
+        // On disk before the first step: a run that is killed goes on from the same weights.
+        folder.begin_with(&config, &trainer, &dataset, (first_step(&config, &dataset), &start.tensors))?;
+        start.describe();
+    }
     let run = Run::new(&folder, &config, trainer, dataset, probe)?;
     describe(&folder, &config, &run);
     let summary = run.train(&|| interrupt.interrupted())?;
@@ -141,6 +150,8 @@ struct Asked {
     folder: Option<RunFolder>,
     dataset: Arc<Dataset>,
     device: Device,
+    /// What a new run begins with, if not with drawn weights.
+    init: Option<Start>,
 }
 
 /// A new run. Everything that can be wrong is looked at before the directory is made.
@@ -151,12 +162,15 @@ fn start(args: &TrainArgs) -> Result<Asked> {
     RunFolder::check_new(path)?;
     let mut machine = Machine { device: DeviceChoice::Auto, ..Machine::default() };
     let device = args.machine.open(&mut machine, true)?;
+    let mut model = args.model.resolve(args.preset)?;
+    let init = args.init.start(&mut model, args.seed)?;
     let config = RunConfig {
         data: absolute(data)?,
         seed: args.seed,
         shuffle_window: args.shuffle_window.unwrap_or(0),
+        init: init.as_ref().map(|start| start.from.clone()),
         recipe: args.recipe.resolve(args.preset),
-        model: args.model.resolve(args.preset)?,
+        model,
         augment: args.augment.resolve(args.preset)?,
         log: Logging {
             every: args.log.log_every,
@@ -169,8 +183,29 @@ fn start(args: &TrainArgs) -> Result<Asked> {
         machine,
     };
     config.validate()?;
+    check_epochs(&config)?;
     let dataset = Arc::new(Dataset::open_with(data, config.machine.io)?);
-    Ok(Asked { config, folder: None, dataset, device })
+    Ok(Asked { config, folder: None, dataset, device, init })
+}
+
+/// A training that is continued must have epochs left.
+fn check_epochs(config: &RunConfig) -> Result<()> {
+    let (done, epochs) = (epochs_done(config), config.recipe.epochs);
+    if done > 0 && done >= epochs {
+        let what = format!("expected more than the {done} epochs that --init has behind it, got {epochs}");
+        return Err(Error::config("--epochs", what).with_hint("name the epochs of the whole training"));
+    }
+    Ok(())
+}
+
+/// Epochs that a run had behind it when it began.
+fn epochs_done(config: &RunConfig) -> u64 {
+    config.init.as_ref().and_then(|init| init.continued_after).unwrap_or(0)
+}
+
+/// The step that a run begins with.
+fn first_step(config: &RunConfig, dataset: &Dataset) -> u64 {
+    epochs_done(config) * steps_per_epoch(dataset.len(), config.recipe.batch)
 }
 
 fn resume(args: &TrainArgs, path: &std::path::Path) -> Result<Asked> {
@@ -178,7 +213,7 @@ fn resume(args: &TrainArgs, path: &std::path::Path) -> Result<Asked> {
     let device = args.machine.open(&mut config.machine, false)?;
     config.validate()?;
     let dataset = Arc::new(Dataset::open_with(&config.data, config.machine.io)?);
-    Ok(Asked { config, folder: Some(folder), dataset, device })
+    Ok(Asked { config, folder: Some(folder), dataset, device, init: None })
 }
 
 impl MachineArgs {

@@ -34,12 +34,29 @@ pub fn save<S: Serialize>(path: &Path, tensors: &NamedTensors, state: &S) -> Res
 /// cut, altered or not a checkpoint.
 pub fn load<S: DeserializeOwned>(path: &Path) -> Result<Checkpoint<S>> {
     let (tensors, metadata) = safetensors::read(path)?;
-    if metadata.get("kind").map(String::as_str) != Some(KIND) {
+    verify(path, tensors, &metadata)
+}
+
+/// Whether a safetensors file with this metadata is a checkpoint.
+pub fn is_checkpoint(metadata: &BTreeMap<String, String>) -> bool {
+    metadata.get("kind").map(String::as_str) == Some(KIND)
+}
+
+/// The checkpoint that a safetensors file is, verified.
+///
+/// # Errors
+/// As [`load`], but for reading.
+pub fn verify<S: DeserializeOwned>(
+    path: &Path,
+    tensors: NamedTensors,
+    metadata: &BTreeMap<String, String>,
+) -> Result<Checkpoint<S>> {
+    if !is_checkpoint(metadata) {
         return Err(Error::format(path, None, "a safetensors file, but not a checkpoint of this engine")
             .with_hint("pass a step-*.safetensors file from a run's checkpoint folder"));
     }
-    check_version(path, field(path, &metadata, "version")?)?;
-    let (state, stored) = (field(path, &metadata, "state")?, field(path, &metadata, "blake3")?);
+    check_version(path, field(path, metadata, "version")?)?;
+    let (state, stored) = (field(path, metadata, "state")?, field(path, metadata, "blake3")?);
     let actual = checksum(&tensors, state);
     if actual != stored {
         let what = format!("the content does not match its checksum: expected BLAKE3 {stored}, got {actual}");
@@ -95,6 +112,11 @@ impl<S> Checkpoint<S> {
     /// The tensors not taken yet.
     pub fn tensors(&self) -> &NamedTensors {
         &self.tensors
+    }
+
+    /// The state and all tensors that were not taken.
+    pub fn into_parts(self) -> (S, NamedTensors) {
+        (self.state, self.tensors)
     }
 
     /// Moves the tensor `name` out, which must have the description `expected`.

@@ -28,6 +28,9 @@ pub struct RunConfig {
     /// Images are shuffled within windows of so many consecutive records; 0: all at once.
     #[serde(default)]
     pub shuffle_window: u64,
+    /// The file that its weights began from; none: they were drawn.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init: Option<InitFrom>,
     /// How it is trained.
     pub recipe: Recipe,
     /// The network and the method.
@@ -41,6 +44,21 @@ pub struct RunConfig {
     pub knn: Option<KnnMonitor>,
     /// What the machine is asked for; `workers`, `io`, `graph` and `check` change no result.
     pub machine: Machine,
+}
+
+/// Weights that a run begins with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InitFrom {
+    /// The file.
+    pub file: PathBuf,
+    /// BLAKE3 of the file.
+    pub blake3: String,
+    /// Whether its heads were left out.
+    pub backbone_only: bool,
+    /// Epochs that it had behind it, where the run goes on from there with its momenta.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub continued_after: Option<u64>,
 }
 
 /// Optimiser and schedule.

@@ -139,6 +139,28 @@ impl RunFolder {
     pub fn checkpoints(&self, keep_last: usize) -> Result<Checkpoints> {
         Checkpoints::new(self.path.join(CHECKPOINTS), keep_last)
     }
+
+    /// Writes the checkpoint that a run begins with whose weights are not drawn: `tensors` of `trainer`'s network, after `step`
+    /// steps.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn begin_with(
+        &self,
+        config: &RunConfig,
+        trainer: &Trainer,
+        dataset: &Dataset,
+        (step, tensors): (u64, &NamedTensors),
+    ) -> Result<PathBuf> {
+        let (rows, dim) = trainer.z_shape();
+        let state = TrainState {
+            step,
+            dataset: dataset_identity(dataset),
+            shuffle_window: config.shuffle_window,
+            monitor: CollapseMonitor::new(rows, dim),
+        };
+        self.checkpoints(config.log.keep_last)?.save(step, tensors, &state)
+    }
 }
 
 /// A run in progress.
@@ -182,6 +204,10 @@ impl<'a> Run<'a> {
             let step = checkpoint.state.step;
             trainer.restore(step, &mut checkpoint)?;
             checkpoint.finish()?;
+        } else if let Some(init) = &config.init {
+            let what =
+                format!("the run began with weights of {}, and there is no checkpoint left", init.file.display());
+            return Err(Error::config("--resume", what).with_hint("begin it again with --init in another directory"));
         }
         let metrics = match folder.metrics().exists() {
             true => MetricsWriter::resume(&folder.metrics(), trainer.step())?,

@@ -18,7 +18,7 @@ use crate::train::schedule::Schedule;
 use crate::train::state::{read_params, to_engine, to_torch, write_initial, write_params};
 
 /// Prefix of the momentum buffers among a checkpoint's tensors.
-const MOMENTUM: &str = "momentum/";
+pub const MOMENTUM: &str = "momentum/";
 
 /// What a step found.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -119,6 +119,7 @@ fn configuration(path: &Path, args: &DataArgs, workload: &Workload) -> RunConfig
         data: path.to_path_buf(),
         seed: 0,
         shuffle_window: 0,
+        init: None,
         recipe: Recipe {
             epochs: EPOCHS,
             batch: workload.batch,
