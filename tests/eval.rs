@@ -520,6 +520,9 @@ fn the_commands_measure_and_report() {
     let again: serde_json::Value =
         serde_json::from_str(&commands.succeed(&format!("{linear} --resume --json"))).unwrap();
     assert_eq!(again, kept);
+    // Another network is another evaluation.
+    let error = commands.fail(&format!("{linear} --resume --untrained"));
+    assert!(error.contains("was begun with another network"), "{error}");
 }
 
 #[test]

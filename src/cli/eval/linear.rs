@@ -68,6 +68,9 @@ pub struct LinearArgs {
     /// Range of a random crop's area as a fraction of the image's [default: 0.08,1].
     #[arg(long, value_name = "LOW,HIGH", value_delimiter = ',', num_args = 2, conflicts_with = "cached")]
     crop_scale: Option<Vec<f64>>,
+    /// Measure the same network at its random start instead: what a trained one has to beat.
+    #[arg(long)]
+    untrained: bool,
     /// Seed of the split, the order, the crops and the first weights.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -82,6 +85,11 @@ pub struct LinearArgs {
 pub fn run(args: &LinearArgs) -> Result<()> {
     let (train, test) = (args.network.dataset(&args.train)?, args.network.dataset(&args.test)?);
     let mut network = args.network.open()?;
+    if args.untrained {
+        network.extractor.initialise(network.config.seed)?;
+        network.facts["untrained"] = true.into();
+        network.title += ", at its random start";
+    }
     let config = config(args, &network)?;
     let task = LinearTask::new(&config, &train, &test, network.extractor.dim())?;
     eprintln!("{}", network.title);
