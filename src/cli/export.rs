@@ -4,11 +4,9 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use indicatif::HumanCount;
-use serde::Deserialize;
-
 use super::model_args::arch_name;
 use super::output::print;
+use super::trained;
 use crate::data::writer::refuse_existing;
 use crate::error::{Error, Result};
 use crate::exec::{CpuExecutor, Executor};
@@ -19,10 +17,9 @@ use crate::nn::simsiam::FeatureGraph;
 use crate::rng::Stream;
 use crate::tensor::safetensors::{self, NamedTensors};
 use crate::tensor::{DType, HostTensor, TensorDesc};
-use crate::train::checkpoint::{self, Checkpoint, Checkpoints};
-use crate::train::config::{FILE_NAME, RunConfig};
-use crate::train::run::CHECKPOINTS;
+use crate::train::config::RunConfig;
 use crate::train::state::write_params;
+use indicatif::HumanCount;
 
 /// Images of `--features`.
 const IMAGES: usize = 4;
@@ -51,12 +48,6 @@ impl ExportArgs {
     }
 }
 
-/// What is told of the training state.
-#[derive(Debug, Deserialize)]
-struct State {
-    step: u64,
-}
-
 pub fn run(args: ExportArgs) -> Result<()> {
     for path in [&args.out].into_iter().chain(&args.features) {
         refuse_existing(path, args.force)?;
@@ -64,7 +55,7 @@ pub fn run(args: ExportArgs) -> Result<()> {
     if args.features.as_ref() == Some(&args.out) {
         return Err(Error::config("--features", "is the file that the backbone is written to"));
     }
-    let (config, mut checkpoint) = open(&args.source)?;
+    let (config, mut checkpoint) = trained::open(&args.source)?;
     let graph = config.model.feature_graph(IMAGES, config.augment.image_size, DType::F32)?;
     let mut backbone = NamedTensors::new();
     for param in &graph.params {
@@ -86,26 +77,6 @@ pub fn run(args: ExportArgs) -> Result<()> {
         print_how_to_load(&args.out, &config, out)?;
         args.features.iter().try_for_each(|path| writeln!(out, "\n{}: images and their features", path.display()))
     })
-}
-
-/// The configuration and the checkpoint that `source` names.
-fn open(source: &Path) -> Result<(RunConfig, Checkpoint<State>)> {
-    if source.is_dir() {
-        let config = RunConfig::read(source)?;
-        let folder = source.join(CHECKPOINTS);
-        let latest = Checkpoints::new(&folder, config.log.keep_last)?.latest()?;
-        let checkpoint = latest.ok_or_else(|| {
-            Error::format(&folder, None, "expected a checkpoint, found none").with_hint("train the run first")
-        })?;
-        return Ok((config, checkpoint));
-    }
-    let checkpoint = checkpoint::load(source)?;
-    let above = |levels: usize| source.ancestors().nth(levels).filter(|p| p.join(FILE_NAME).is_file());
-    let run = above(1).or_else(|| above(2)).ok_or_else(|| {
-        Error::format(source, None, format!("expected {FILE_NAME} beside the checkpoint or one folder up, found none"))
-            .with_hint("leave checkpoints in their run directory")
-    })?;
-    Ok((RunConfig::read(run)?, checkpoint))
 }
 
 /// What another program needs to know to use the backbone.

@@ -5,6 +5,7 @@ mod augment_preview;
 mod bench;
 mod demo;
 mod devices;
+mod eval;
 mod export;
 mod facts;
 mod gpu_args;
@@ -26,6 +27,7 @@ mod selftest;
 pub mod signals;
 mod source_args;
 mod train;
+mod trained;
 mod workload;
 
 use std::collections::BTreeSet;
@@ -68,6 +70,8 @@ enum Command {
     Plan(plan::PlanArgs),
     /// Time every node of a training step, and say how far each is from what the device could do.
     Profile(Box<profile::ProfileArgs>),
+    /// Measure a trained encoder: kNN accuracy, linear classifiers.
+    Eval(eval::EvalArgs),
     /// Write the trained backbone as a file that torchvision loads.
     Export(export::ExportArgs),
     /// Show what is in a file of weights (PyTorch, torchvision, timm, the reference), and make it a checkpoint.
@@ -105,6 +109,7 @@ fn run(command: Command) -> Result<()> {
         Command::AugmentPreview(args) => augment_preview::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Profile(args) => profile::run(&args),
+        Command::Eval(args) => eval::run(args),
         Command::Export(args) => export::run(args),
         Command::Import(args) => import::run(&args),
         Command::Bench(args) => bench::run(args),

@@ -1,10 +1,11 @@
 //! Pooled features of a dataset from a frozen backbone, and the kNN figure on them.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use crate::data::augment::{AugmentConfig, Augmenter};
+use crate::data::augment::{AugmentConfig, Augmenter, ViewParams};
 use crate::data::dataset::Dataset;
 use crate::data::reader::ImageReader;
 use crate::error::{Error, Result};
@@ -14,13 +15,63 @@ use crate::graph::ValueId;
 use crate::graph::plan::Target;
 use crate::nn::ParamInfo;
 use crate::nn::simsiam::{FeatureGraph, SimSiam};
-use crate::tensor::DType;
 use crate::tensor::safetensors::NamedTensors;
+use crate::tensor::{DType, HostTensor};
 use crate::train::run::Probe;
-use crate::train::state::write_params;
+use crate::train::state::{read_params, write_params};
 
 /// Images of one forward pass.
 const BATCH: usize = 64;
+/// Forward passes that a device may have before it while the images of the next are made.
+const IN_FLIGHT: usize = 1;
+
+/// How an image becomes what the network sees.
+#[derive(Debug, Clone, Copy)]
+pub enum View<'a> {
+    /// Its resized centre.
+    Centre,
+    /// A random view, as an epoch of training has it: a function of seed, epoch and record.
+    Drawn {
+        /// The distribution; its views have the size that the network was prepared for.
+        augment: &'a AugmentConfig,
+        /// The seed of all draws.
+        seed: u64,
+        /// The epoch.
+        epoch: u32,
+    },
+}
+
+/// What a stream of features is handed to: the numbers of some records, and their features row by row.
+pub type Receiver<'a> = dyn FnMut(&[usize], &[f32]) -> Result<()> + 'a;
+
+/// Turns images into features.
+pub trait FeatureSource {
+    /// Length of a feature.
+    fn dim(&self) -> usize;
+
+    /// Hands the features of the `records` of `dataset`, as the centre of each image gives them, to `receive`, in order and a
+    /// few at a time.
+    ///
+    /// # Errors
+    /// Damaged records; faults of the executor; what `receive` returns.
+    fn centres(
+        &mut self,
+        dataset: &Dataset,
+        records: &mut dyn Iterator<Item = usize>,
+        receive: &mut Receiver<'_>,
+    ) -> Result<()>;
+}
+
+/// The features of every record of a labelled dataset, in memory.
+fn collect(source: &mut dyn FeatureSource, dataset: &Dataset) -> Result<Features> {
+    let labels = labels(dataset)?;
+    let mut values = Vec::with_capacity(dataset.len() * source.dim());
+    source.centres(dataset, &mut (0..dataset.len()), &mut |_, rows| {
+        values.extend_from_slice(rows);
+        Ok(())
+    })?;
+    Ok(Features { values, labels, dim: source.dim() })
+}
 
 /// Features and labels of a dataset, in record order.
 #[derive(Debug, Clone, PartialEq)]
@@ -88,43 +139,194 @@ impl FeatureExtractor {
         crate::train::state::write_initial(&mut *self.exec, &self.params, seed)
     }
 
+    /// Names the parameters that are loaded: the same name means the same features.
+    ///
+    /// # Errors
+    /// Faults of the executor.
+    pub fn fingerprint(&self) -> Result<String> {
+        let mut hasher = blake3::Hasher::new();
+        for (name, tensor) in read_params(&*self.exec, &self.params)? {
+            hasher.update(format!("{name} {}\n", tensor.desc()).as_bytes());
+            hasher.update(tensor.bytes());
+        }
+        Ok(hasher.finalize().to_hex().to_string())
+    }
+
     /// Pooled features of every record of `dataset`, which must be labelled.
     ///
     /// # Errors
     /// Damaged records; records without a label.
     pub fn extract(&mut self, dataset: &Dataset) -> Result<Features> {
-        let labels = labels(dataset)?;
-        let view = self.augment.view_len();
-        let mut images = vec![0f32; BATCH * view];
-        let mut values = Vec::with_capacity(dataset.len() * self.dim);
-        for first in (0..dataset.len()).step_by(BATCH) {
-            let count = BATCH.min(dataset.len() - first);
-            images[..count * view].par_chunks_mut(view).enumerate().try_for_each_init(
-                || (Augmenter::new(&self.augment), ImageReader::default()),
-                |(augmenter, reader), (i, out)| {
-                    let augmenter = augmenter.as_mut().map_err(|e| Error::Mismatch(e.to_string()))?;
-                    let (image, _) = reader.read(dataset, first + i)?;
-                    augmenter.resize_center(&image, None, out);
-                    Ok::<(), Error>(())
-                },
-            )?;
-            self.exec.write(self.images, &self.exec.tape().desc(self.images).dtype.encode_f32(&images))?;
+        collect(self, dataset)
+    }
+
+    /// Hands the pooled features of the `records` of `dataset` to `receive`, in order and a few at a time. The images of a
+    /// batch are made while a device is at work on the one before.
+    ///
+    /// # Errors
+    /// Damaged records; faults of the executor; what `receive` returns.
+    pub fn stream(
+        &mut self,
+        dataset: &Dataset,
+        records: &mut dyn Iterator<Item = usize>,
+        view: View<'_>,
+        receive: &mut Receiver<'_>,
+    ) -> Result<()> {
+        self.exec.watch(&[self.features])?;
+        let dtype = self.exec.tape().desc(self.images).dtype;
+        let mut images = vec![0f32; BATCH * self.augment.view_len()];
+        let mut started = VecDeque::new();
+        loop {
+            let batch: Vec<usize> = records.take(BATCH).collect();
+            if batch.is_empty() {
+                return self.deliver(0, &mut started, receive);
+            }
+            let images = &mut images[..batch.len() * self.augment.view_len()];
+            make_views(&self.augment, dataset, &batch, view, images)?;
+            self.exec.stage(self.images, &dtype.encode_f32(images))?;
             self.exec.run_step()?;
-            let features = self.exec.read(self.features)?.to_f64();
-            values.extend(features[..count * self.dim].iter().map(|&value| value as f32));
+            started.push_back(batch);
+            self.deliver(IN_FLIGHT, &mut started, receive)?;
         }
-        Ok(Features { values, labels, dim: self.dim })
+    }
+
+    /// Hands on what all batches but the newest `in_flight` gave.
+    fn deliver(
+        &mut self,
+        in_flight: usize,
+        started: &mut VecDeque<Vec<usize>>,
+        receive: &mut Receiver<'_>,
+    ) -> Result<()> {
+        while let Some(results) = self.exec.collect(in_flight)? {
+            let (Some(batch), Some(features)) = (started.pop_front(), results.first()) else { return Ok(()) };
+            receive(&batch, &in_float32(features)[..batch.len() * self.dim])?;
+        }
+        Ok(())
     }
 }
 
-fn labels(dataset: &Dataset) -> Result<Vec<u32>> {
-    let label = |i| {
-        dataset.label(i)?.ok_or_else(|| {
-            Error::format(dataset.path(), None, format!("record {i} has no label, and the kNN figure needs one"))
-                .with_hint("leave out --knn-bank and --knn-queries, or prepare the images with classes")
-        })
+impl FeatureSource for FeatureExtractor {
+    fn dim(&self) -> usize {
+        self.dim
+    }
+
+    fn centres(
+        &mut self,
+        dataset: &Dataset,
+        records: &mut dyn Iterator<Item = usize>,
+        receive: &mut Receiver<'_>,
+    ) -> Result<()> {
+        self.stream(dataset, records, View::Centre, receive)
+    }
+}
+
+/// The pixels themselves as features, resized and cut but not normalised: the floor that needs no network.
+#[derive(Debug, Clone)]
+pub struct Pixels {
+    augment: AugmentConfig,
+}
+
+impl Pixels {
+    /// In views of the size that `augment` says.
+    pub fn new(augment: &AugmentConfig) -> Pixels {
+        Pixels { augment: AugmentConfig { mean: [0.0; 3], std: [1.0; 3], ..augment.clone() } }
+    }
+}
+
+impl FeatureSource for Pixels {
+    fn dim(&self) -> usize {
+        self.augment.view_len()
+    }
+
+    fn centres(
+        &mut self,
+        dataset: &Dataset,
+        records: &mut dyn Iterator<Item = usize>,
+        receive: &mut Receiver<'_>,
+    ) -> Result<()> {
+        let mut views = vec![0f32; BATCH * self.dim()];
+        loop {
+            let batch: Vec<usize> = records.take(BATCH).collect();
+            if batch.is_empty() {
+                return Ok(());
+            }
+            let views = &mut views[..batch.len() * self.augment.view_len()];
+            make_views(&self.augment, dataset, &batch, View::Centre, views)?;
+            receive(&batch, views)?;
+        }
+    }
+}
+
+/// Makes the views of some records, on all threads; `augment` is for their centres.
+fn make_views(
+    augment: &AugmentConfig,
+    dataset: &Dataset,
+    records: &[usize],
+    view: View<'_>,
+    out: &mut [f32],
+) -> Result<()> {
+    let config = match view {
+        View::Centre => augment,
+        View::Drawn { augment, .. } => augment,
+    };
+    out.par_chunks_mut(augment.view_len()).zip(records).try_for_each_init(
+        || (Augmenter::new(config), ImageReader::default()),
+        |(augmenter, reader), (out, &record)| {
+            let augmenter = augmenter.as_mut().map_err(|e| Error::Mismatch(e.to_string()))?;
+            let (image, _) = reader.read(dataset, record)?;
+            match view {
+                View::Centre => augmenter.resize_center(&image, None, out),
+                View::Drawn { augment, seed, epoch } => {
+                    let (width, height) = image.original_size();
+                    let params = ViewParams::draw(augment, seed, epoch, record as u64, 0, width, height);
+                    augmenter.view(&image, &params, out);
+                }
+            }
+            Ok(())
+        },
+    )
+}
+
+/// The elements as float32, which holds those of 16 bits exactly.
+fn in_float32(tensor: &HostTensor) -> Vec<f32> {
+    tensor.to_f32().unwrap_or_else(|_| tensor.to_f64().into_iter().map(|value| value as f32).collect())
+}
+
+/// The class of every record.
+///
+/// # Errors
+/// [`Error::Format`] when one has none, or one that the dataset does not name.
+pub fn labels(dataset: &Dataset) -> Result<Vec<u32>> {
+    let classes = dataset.classes().len();
+    let label = |i| match dataset.label(i)? {
+        Some(label) if (label as usize) < classes => Ok(label),
+        Some(label) => {
+            let what = format!("record {i} has label {label}, but the dataset names {classes} classes");
+            Err(Error::format(dataset.path(), None, what))
+        }
+        None => {
+            let what = format!("record {i} has no label, and this figure needs one for every image");
+            Err(Error::format(dataset.path(), None, what)
+                .with_hint("prepare the images with classes (folders, or a label file)"))
+        }
     };
     (0..dataset.len()).map(label).collect()
+}
+
+/// Checks that two datasets have the same classes.
+///
+/// # Errors
+/// [`Error::Format`] when they do not.
+pub fn check_same_classes(dataset: &Dataset, other: &Dataset) -> Result<()> {
+    if dataset.classes() == other.classes() {
+        return Ok(());
+    }
+    let (classes, others) = (dataset.classes().len(), other.classes().len());
+    let what = match classes == others {
+        true => format!("its {classes} classes have other names than those of {}", other.path().display()),
+        false => format!("it has {classes} classes, but {} has {others}", other.path().display()),
+    };
+    Err(Error::format(dataset.path(), None, what).with_hint("prepare both from folders of the same names"))
 }
 
 /// Both sides of a kNN figure.
@@ -142,12 +344,7 @@ impl KnnProbe {
     /// # Errors
     /// [`Error::Config`] or [`Error::Format`] naming what does not fit.
     pub fn new(extractor: FeatureExtractor, bank: Arc<Dataset>, queries: Arc<Dataset>, knn: Knn) -> Result<KnnProbe> {
-        if bank.classes() != queries.classes() {
-            let what = format!("its {} classes are not those of {}", queries.classes().len(), bank.path().display());
-            return Err(
-                Error::format(queries.path(), None, what).with_hint("prepare both from folders of the same names")
-            );
-        }
+        check_same_classes(&queries, &bank)?;
         knn.validate(bank.len())?;
         labels(&bank)?;
         labels(&queries)?;
@@ -177,20 +374,9 @@ impl KnnProbe {
     /// # Errors
     /// Damaged records.
     pub fn raw_pixels(&self) -> Result<KnnResult> {
-        let (bank, queries) = (self.pixels(&self.bank)?, self.pixels(&self.queries)?);
+        let mut pixels = Pixels::new(&self.extractor.augment);
+        let (bank, queries) = (collect(&mut pixels, &self.bank)?, collect(&mut pixels, &self.queries)?);
         self.knn.evaluate(bank.labelled(), queries.labelled(), bank.dim, self.bank.classes().len())
-    }
-
-    fn pixels(&self, dataset: &Dataset) -> Result<Features> {
-        let plain = AugmentConfig { mean: [0.0; 3], std: [1.0; 3], ..self.extractor.augment.clone() };
-        let mut augmenter = Augmenter::new(&plain)?;
-        let mut reader = ImageReader::default();
-        let dim = plain.view_len();
-        let mut values = vec![0f32; dataset.len() * dim];
-        for (i, out) in values.chunks_exact_mut(dim).enumerate() {
-            augmenter.resize_center(&reader.read(dataset, i)?.0, None, out);
-        }
-        Ok(Features { values, labels: labels(dataset)?, dim })
     }
 }
 

@@ -137,10 +137,19 @@ fn check(what: &str, set: Labelled, dim: usize, classes: usize) -> Result<Vec<f3
         let got = format!("{} in row {row}", set.labels[row]);
         return Err(Error::shape("kNN", what, format!("labels below {classes}"), got));
     }
-    let norms = set.features.par_chunks(dim).map(|row| row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt());
+    reciprocal_norms(what, set.features, dim, 0)
+}
+
+/// The rows' reciprocal norms, 0 for a zero row; the first row is number `first` in messages about `what`.
+///
+/// # Errors
+/// [`Error::Shape`] naming a row that is not finite.
+pub(super) fn reciprocal_norms(what: &str, features: &[f32], dim: usize, first: usize) -> Result<Vec<f32>> {
+    let norms = features.par_chunks(dim).map(|row| row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt());
     let norms: Vec<f64> = norms.collect();
     if let Some(row) = norms.iter().position(|norm| !norm.is_finite()) {
-        return Err(Error::shape("kNN", what, "finite features", format!("a value in row {row} that is not")));
+        let got = format!("a value in row {} that is not", first + row);
+        return Err(Error::shape("kNN", what, "finite features", got));
     }
     Ok(norms.into_iter().map(|norm| if norm > 0.0 { (1.0 / norm) as f32 } else { 0.0 }).collect())
 }

@@ -27,6 +27,11 @@ impl Neighbour {
         Neighbour(u64::from(ordered) << 32 | u64::from(!row))
     }
 
+    /// The neighbour that [`KnnMerge`] keeps as these bits.
+    pub fn from_bits(bits: u64) -> Neighbour {
+        Neighbour(bits)
+    }
+
     /// Its cosine to the query.
     pub fn cosine(self) -> f32 {
         let ordered = (self.0 >> 32) as u32;

@@ -2,6 +2,7 @@
 
 pub mod bars;
 mod canvas;
+pub mod confusion;
 mod scale;
 
 use std::path::Path;
