@@ -15,8 +15,8 @@ pub struct GpuArgs {
     #[arg(long)]
     pub nvtx: bool,
     /// Convolutions that compute the statistics for the batch norm after them: auto (in fp16 on GPUs with compute capability
-    /// 8.0 or 9.0, where it is faster), all, none, or names with commas between them and what they begin with, such as
-    /// encoder.layer1,encoder.conv1 [default: auto; with --resume, as before].
+    /// 8.0 or 9.0, whose cuDNN does it fast), all, none, or names with commas between them and what they begin with, such as
+    /// encoder.layer1,encoder.conv1 [default: none; with --resume, as before].
     #[arg(long, value_name = "LAYERS")]
     pub fuse_statistics: Option<FuseStatistics>,
     /// How a convolution's gradient is added to that of a residual branch: accumulate (in place, as it is computed), separate
@@ -24,6 +24,10 @@ pub struct GpuArgs {
     /// with --resume, as before].
     #[arg(long, value_name = "MODE[:LAYERS]")]
     pub residual_gradient: Option<ResidualGradient>,
+    /// Whether the batch norm, ReLU and max pooling of the ImageNet stem are one kernel each way, which saves memory [default:
+    /// false; with --resume, as before].
+    #[arg(long, value_name = "BOOL")]
+    pub fuse_pooling: Option<bool>,
 }
 
 impl GpuArgs {
@@ -32,6 +36,7 @@ impl GpuArgs {
         EpilogueChoice {
             fuse_statistics: self.fuse_statistics.clone().unwrap_or(before.fuse_statistics),
             residual_gradient: self.residual_gradient.clone().unwrap_or(before.residual_gradient),
+            fuse_pooling: self.fuse_pooling.unwrap_or(before.fuse_pooling),
         }
     }
 }

@@ -194,6 +194,7 @@ impl Workload {
             "dtype": self.precision.to_string(), "graph": self.options.graph, "autotune": self.options.choice.autotune,
             "fuse_statistics": self.epilogues.statistics.to_string(),
             "residual_gradient": self.epilogues.residual_gradient.to_string(),
+            "fuse_pooling": self.epilogues.pooling,
             "flops_per_step": self.flops, "ceilings": self.peaks.json(),
         })
     }

@@ -66,9 +66,6 @@ pub struct Builder<'t> {
     pub trainable: bool,
     /// What training fuses with convolutions.
     pub epilogues: Epilogues,
-    /// Whether a batch norm and the max pooling behind it are one op in training, which spares passes over memory. Changes
-    /// the order of some sums.
-    pub fused_pooling: bool,
     dtype: DType,
     /// The sums that a convolution has computed of its result.
     sums: HashMap<ValueId, ValueId>,
@@ -83,7 +80,6 @@ impl<'t> Builder<'t> {
             mode,
             group: ParamGroup::Encoder,
             trainable: true,
-            fused_pooling: false,
             epilogues: Epilogues::default(),
             dtype,
             sums: HashMap::new(),
@@ -189,7 +185,7 @@ impl<'t> Builder<'t> {
     /// Shapes that do not fit.
     pub fn batch_norm_max_pool(&mut self, [norm, pool]: [&str; 2], x: ValueId) -> Result<ValueId> {
         let Mode::Train { groups } = self.mode else { return self.batch_norm_then_max_pool([norm, pool], x) };
-        if !self.fused_pooling {
+        if !self.epilogues.pooling {
             return self.batch_norm_then_max_pool([norm, pool], x);
         }
         let (affine, updates) = self.batch_norm_leaves(norm, x, Norm::RELU);

@@ -164,11 +164,13 @@ pub struct Epilogues {
     pub statistics: Layers,
     /// How the gradients of residual branches are added.
     pub residual_gradient: ResidualGradient,
+    /// Whether the stem's batch norm and the max pooling behind it are one op, which takes less memory.
+    pub pooling: bool,
 }
 
 impl Default for Epilogues {
     fn default() -> Epilogues {
-        Epilogues { statistics: Layers::NONE, residual_gradient: ResidualGradient::default() }
+        Epilogues { statistics: Layers::NONE, residual_gradient: ResidualGradient::default(), pooling: false }
     }
 }
 

@@ -55,13 +55,6 @@ pub enum ViewSource {
     },
 }
 
-impl ViewSource {
-    /// Whether the views are as the kernels of devices want them, and not as a caller who looks at them would.
-    fn for_kernels(&self) -> bool {
-        !matches!(self, ViewSource::Given { padded: false })
-    }
-}
-
 /// What a step takes besides the model.
 #[derive(Debug, Clone)]
 pub struct StepShape {
@@ -192,7 +185,6 @@ impl SimSiam {
         };
         let mut b = Builder::new(&mut tape, Mode::Train { groups: 2 }, dtype);
         b.epilogues = shape.epilogues.clone();
-        b.fused_pooling = shape.source.for_kernels();
         let (p, z) = self.record_pair(&mut b, shape, views)?;
         let mut params = b.params;
         let [loss, z_std] = self.record_loss(&mut tape, [p, z], batch, d_loss)?;

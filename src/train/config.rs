@@ -144,7 +144,7 @@ pub struct Machine {
     /// Look at the output of every node for NaN and infinity, every step.
     pub check: bool,
     /// What is fused with convolutions; runs of older versions have no such table.
-    #[serde(default = "EpilogueChoice::nothing")]
+    #[serde(default)]
     pub epilogues: EpilogueChoice,
 }
 
