@@ -67,7 +67,7 @@ enum Command {
     Plan(plan::PlanArgs),
     /// Time every node of a training step, and say how far each is from what the device could do.
     Profile(Box<profile::ProfileArgs>),
-    /// Write the trained backbone as a file that torchvision loads.
+    /// Write the trained network for torchvision, timm, detectron2 or ONNX, with a model card.
     Export(export::ExportArgs),
     /// Measure a part of the engine on this machine, and name what holds it up.
     Bench(bench::BenchArgs),
