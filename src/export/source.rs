@@ -51,6 +51,12 @@ impl Source {
             let expected = TensorDesc { shape: param.torch_shape(), dtype: param.desc.dtype };
             tensors.insert(param.name.clone(), checkpoint.take(&param.name, &expected)?);
         }
+        if let Some((name, _)) =
+            tensors.iter().find(|(_, tensor)| !tensor.to_f64().iter().all(|value| value.is_finite()))
+        {
+            let what = format!("tensor {name} is not finite: the network is of no use");
+            return Err(Error::format(checkpoint.path(), None, what).with_hint("export an older checkpoint of the run"));
+        }
         let State { step, dataset } = checkpoint.state;
         let metrics = run.join(METRICS);
         let mut metrics = if metrics.exists() { metrics::read(&metrics)? } else { Vec::new() };
