@@ -14,6 +14,19 @@ const BUFFER: usize = 1 << 20;
 /// # Errors
 /// [`Error::Io`] with the step that failed.
 pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+    write_verified(path, fill, |_| Ok(())).map(|_| ())
+}
+
+/// As [`write_atomic`], but the file gets its name only after `verify` has read the temporary one and found it good. Returns
+/// what `verify` does.
+///
+/// # Errors
+/// [`Error::Io`] with the step that failed, or the error of `verify`.
+pub fn write_verified<T>(
+    path: &Path,
+    fill: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    verify: impl FnOnce(&Path) -> Result<T>,
+) -> Result<T> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let name = path.file_name().ok_or_else(|| {
         Error::io("write", path)(io::Error::new(io::ErrorKind::InvalidInput, "the path does not end in a file name"))
@@ -25,8 +38,10 @@ pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result
     fill(&mut buffered).and_then(|()| buffered.flush()).map_err(Error::io("write", path))?;
     drop(buffered);
     file.as_file().sync_all().map_err(Error::io("make durable", path))?;
+    let verified = verify(file.path())?;
     file.persist(path).map_err(|e| Error::io("rename to", path)(e.error))?;
-    sync_folder(folder)
+    sync_folder(folder)?;
+    Ok(verified)
 }
 
 /// Temporaries get the permissions of ordinary new files, not the private ones of a file in `/tmp`.
@@ -65,6 +80,19 @@ mod tests {
         assert_eq!(std::fs::read(&path).unwrap(), b"first");
         write_atomic(&path, |out| out.write_all(b"second")).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"second");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "a temporary was left behind");
+    }
+
+    #[test]
+    fn a_file_that_is_found_bad_never_gets_its_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file.bin");
+        let read = |temporary: &Path| std::fs::read(temporary).map_err(Error::io("read", temporary));
+        assert_eq!(write_verified(&path, |out| out.write_all(b"good"), read).unwrap(), b"good");
+        let bad = |_: &Path| Err::<(), _>(Error::Mismatch("not what was meant".into()));
+        let error = write_verified(&path, |out| out.write_all(b"bad"), bad).unwrap_err();
+        assert_eq!(error.to_string(), "not what was meant");
+        assert_eq!(std::fs::read(&path).unwrap(), b"good");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "a temporary was left behind");
     }
 

@@ -4,6 +4,8 @@
 #
 #   SIMSIAM_REQUIRE_NVCC=1   a machine that cannot compile the CUDA kernels fails instead of testing the rest
 #   SIMSIAM_REQUIRE_CUDNN=1  a machine that cannot ask cuDNN for plans fails instead of testing the rest
+#   SIMSIAM_REQUIRE_PYTHON=1 a machine that cannot load exports in PyTorch, timm and onnxruntime fails instead of testing the rest
+#   SIMSIAM_PYTHON           a Python that has them (tools/requirements.txt); default: python3
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -62,6 +64,18 @@ cuda_libraries() {
     fi
 }
 
+# Exported files are loaded by the libraries that they are for.
+python_packages() {
+    local python=${SIMSIAM_PYTHON:-python3} packages="onnx, onnxruntime, safetensors, timm, torch, torchvision"
+    if "$python" -c "import $packages"; then
+        echo "$python has $packages"
+    elif [ "${SIMSIAM_REQUIRE_PYTHON:-0}" = 1 ]; then
+        return 1
+    else
+        echo "SKIPPED: going on without loading exports in other programs; hint: tools/requirements.txt, SIMSIAM_PYTHON"
+    fi
+}
+
 # The emulator runs the CUDA kernels on the CPU, compiled by an ordinary C++ compiler.
 emulator=()
 cpp_compiler() {
@@ -88,6 +102,7 @@ compiled_kernels() {
 stage "Rust tools" rust_tools
 stage "CUDA compiler" cuda_compiler
 stage "CUDA libraries" cuda_libraries
+stage "Python packages" python_packages
 stage "C++ compiler" cpp_compiler
 grep -q '^SKIPPED' "$log" || emulator=(--features emulator)
 stage "formatting" cargo fmt --check

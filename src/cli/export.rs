@@ -1,39 +1,33 @@
-//! `export`: the trained backbone as a file that torchvision loads.
+//! `export`: the trained network as a file that other programs load, with a model card.
 
 use std::collections::BTreeMap;
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use super::model_args::arch_name;
-use super::output::print;
-use super::trained;
-use crate::data::writer::refuse_existing;
-use crate::error::{Error, Result};
-use crate::exec::{CpuExecutor, Executor};
-use crate::export::torchvision::write_backbone;
-use crate::graph::Role;
-use crate::nn::resnet::{Block, ResNet, Stem};
-use crate::nn::simsiam::FeatureGraph;
-use crate::rng::Stream;
-use crate::tensor::safetensors::{self, NamedTensors};
-use crate::tensor::{DType, HostTensor, TensorDesc};
-use crate::train::config::RunConfig;
-use crate::train::state::write_params;
 use indicatif::HumanCount;
 
-/// Images of `--features`.
-const IMAGES: usize = 4;
-/// Separates their draws from all others.
-const IMAGE_DOMAIN: u32 = 0xFEA7;
+use super::output::print;
+use crate::atomic::write_atomic;
+use crate::data::writer::refuse_existing;
+use crate::error::{Error, Result};
+use crate::export::card::{card, snippet};
+use crate::export::source::Source;
+use crate::export::{Format, write};
+use crate::tensor::safetensors;
 
 #[derive(Debug, clap::Args)]
 pub struct ExportArgs {
     /// Run directory, whose newest checkpoint is taken, or a checkpoint file in one.
     #[arg(value_name = "RUN_OR_CHECKPOINT")]
     source: PathBuf,
-    /// File to write (usually *.safetensors).
+    /// File to write. Its model card lies beside it, with the ending .md.
     out: PathBuf,
-    /// Also write random images and the engine's pooled features of them, for tools/check_export.py.
+    /// Whom the file is for.
+    #[arg(long = "to", value_enum, default_value_t, value_name = "FORMAT")]
+    format: Format,
+    /// Write projector and predictor too (--to safetensors or onnx).
+    #[arg(long)]
+    heads: bool,
+    /// Also write random images and what the engine makes of them, for tools/check_export.py.
     #[arg(long, value_name = "FILE")]
     features: Option<PathBuf>,
     /// Replace the files if they exist.
@@ -42,120 +36,64 @@ pub struct ExportArgs {
 }
 
 impl ExportArgs {
-    /// The backbone of `source`, into a new file.
+    /// The backbone of `source` for torchvision, into a new file.
     pub fn new(source: PathBuf, out: PathBuf) -> ExportArgs {
-        ExportArgs { source, out, features: None, force: false }
+        ExportArgs { source, out, format: Format::default(), heads: false, features: None, force: false }
     }
 }
 
 pub fn run(args: ExportArgs) -> Result<()> {
-    for path in [&args.out].into_iter().chain(&args.features) {
+    let card_path = card_path(&args.out);
+    let files: Vec<&PathBuf> = [&args.out, &card_path].into_iter().chain(&args.features).collect();
+    for (i, path) in files.iter().enumerate() {
         refuse_existing(path, args.force)?;
+        if files[..i].contains(path) {
+            let what = format!("{} would be two files at once: weights, model card, features", path.display());
+            return Err(Error::config("OUT", what).with_hint("give them different names"));
+        }
     }
-    if args.features.as_ref() == Some(&args.out) {
-        return Err(Error::config("--features", "is the file that the backbone is written to"));
-    }
-    let (config, mut checkpoint) = trained::open(&args.source)?;
-    let graph = config.model.feature_graph(IMAGES, config.augment.image_size, DType::F32)?;
-    let mut backbone = NamedTensors::new();
-    for param in &graph.params {
-        let expected = TensorDesc { shape: param.torch_shape(), dtype: param.desc.dtype };
-        backbone.insert(param.name.clone(), checkpoint.take(&param.name, &expected)?);
-    }
-    let trained = graph.tape.with_role(Role::Parameter);
-    let parameters: usize = trained.map(|(_, value)| value.desc.shape.len()).sum();
-    let features = args.features.as_ref().map(|_| features(graph, &backbone, &config)).transpose()?;
-    let step = checkpoint.state.step;
-    let tensors = write_backbone(&args.out, backbone, &metadata(&config, step))?;
-    if let (Some(path), Some(tensors)) = (&args.features, &features) {
-        safetensors::write(path, tensors, &BTreeMap::new())?;
+    let source = Source::open(&args.source, args.heads)?;
+    let verified = write(&source, args.format, &args.out)?;
+    let card = card(&source, args.format, &args.out, &verified)?;
+    write_atomic(&card_path, |out| out.write_all(card.as_bytes()))?;
+    if let Some(path) = &args.features {
+        safetensors::write(path, &verified.outputs, &BTreeMap::new())?;
     }
     print(|out| {
-        let (path, arch) = (args.out.display(), arch_name(&config.model.backbone));
-        let parameters = HumanCount(parameters as u64);
+        let (path, arch, step) = (args.out.display(), source.config.model.backbone.arch(), source.step);
+        let (tensors, parameters) = (verified.tensors, HumanCount(source.parameters() as u64));
         writeln!(out, "{path}: {arch} after step {step}, {tensors} tensors, {parameters} parameters")?;
-        print_how_to_load(&args.out, &config, out)?;
-        args.features.iter().try_for_each(|path| writeln!(out, "\n{}: images and their features", path.display()))
+        let (images, difference) = (verified.images(), verified.difference);
+        writeln!(
+            out,
+            "read back: on {images} random images it differs from the engine by {difference:.1e} of the largest output"
+        )?;
+        writeln!(out, "{}: model card", card_path.display())?;
+        args.features.iter().try_for_each(|path| writeln!(out, "{}: images and outputs", path.display()))?;
+        let (language, lines) = snippet(&source, args.format, &args.out.display().to_string());
+        writeln!(out, "\nTo load it ({language}):\n")?;
+        lines.iter().try_for_each(|line| writeln!(out, "  {line}"))?;
+        let augment = &source.config.augment;
+        writeln!(out, "\nIts images are RGB in 0..1, minus {:?}, divided by {:?}.", augment.mean, augment.std)
     })
 }
 
-/// What another program needs to know to use the backbone.
-fn metadata(config: &RunConfig, step: u64) -> BTreeMap<String, String> {
-    let ResNet { block, depths, width, stem } = &config.model.backbone;
-    let dataset = config.data.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-    let entries = [
-        ("arch", arch_name(&config.model.backbone)),
-        ("block", format!("{block:?}").to_lowercase()),
-        ("depths", joined(depths)),
-        ("width", width.to_string()),
-        ("stem", format!("{stem:?}").to_lowercase()),
-        ("feature_dim", config.model.backbone.feature_dim().to_string()),
-        ("image_size", config.augment.image_size.to_string()),
-        ("mean", joined(&config.augment.mean)),
-        ("std", joined(&config.augment.std)),
-        ("dataset", dataset),
-        ("epochs", config.recipe.epochs.to_string()),
-        ("step", step.to_string()),
-        ("seed", config.seed.to_string()),
-        ("engine", format!("simsiam-engine {}", env!("CARGO_PKG_VERSION"))),
-    ];
-    entries.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
+/// `name.md` beside `name.onnx` and beside `name.pth.tar`.
+fn card_path(out: &Path) -> PathBuf {
+    let is_tar = out.extension().is_some_and(|ending| ending == "tar");
+    if is_tar { out.with_extension("").with_extension("md") } else { out.with_extension("md") }
 }
 
-fn joined<T: ToString>(values: &[T]) -> String {
-    values.iter().map(T::to_string).collect::<Vec<_>>().join(",")
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// The engine's pooled features of random images, under the names that tools/check_export.py expects.
-fn features(graph: FeatureGraph, backbone: &NamedTensors, config: &RunConfig) -> Result<NamedTensors> {
-    let FeatureGraph { tape, images, features, params } = graph;
-    let desc = tape.desc(images).clone();
-    let mut stream = Stream::new(0, IMAGE_DOMAIN, 0);
-    let values: Vec<f32> = (0..desc.shape.len()).map(|_| stream.normal() as f32).collect();
-    let input = HostTensor::from_bytes(desc, bytemuck::cast_slice(&values).to_vec())?;
-    let mut exec = CpuExecutor::new(tape, config.machine.cpu_conv)?;
-    write_params(&mut exec, &params, |name, expected| {
-        backbone.get(name).cloned().ok_or_else(|| Error::shape("load", name, expected, "no such tensor"))
-    })?;
-    exec.write(images, input.bytes())?;
-    exec.run_step()?;
-    Ok([("input".into(), input), ("features".into(), exec.read(features)?)].into())
-}
-
-fn print_how_to_load(path: &Path, config: &RunConfig, out: &mut dyn Write) -> io::Result<()> {
-    writeln!(out, "\nTo load it in Python:\n")?;
-    writeln!(out, "  import torch, torchvision")?;
-    writeln!(out, "  from safetensors.torch import load_file")?;
-    match torchvision_model(&config.model.backbone) {
-        Some(lines) => lines.iter().try_for_each(|line| writeln!(out, "  {line}"))?,
-        None => {
-            writeln!(out, "  model = ...  # torchvision has no such ResNet; tools/simsiam_torch/networks.py builds it")?
+    #[test]
+    fn the_card_has_the_name_of_the_weights() {
+        for (out, card) in
+            [("a/x.v2.onnx", "a/x.v2.md"), ("x.pth.tar", "x.md"), ("x", "x.md"), ("a.b/x.safetensors", "a.b/x.md")]
+        {
+            assert_eq!(card_path(Path::new(out)), Path::new(card));
         }
     }
-    writeln!(out, "  model.fc = torch.nn.Identity()")?;
-    writeln!(out, "  model.load_state_dict(load_file({:?}))", path.display().to_string())?;
-    writeln!(out, "\nIts images are RGB in 0..1, minus {:?}, divided by {:?}.", config.augment.mean, config.augment.std)
-}
-
-/// Python that makes the network, if torchvision's constructor can: four stages from 64 channels.
-fn torchvision_model(resnet: &ResNet) -> Option<Vec<String>> {
-    if resnet.width != 64 || resnet.depths.len() != 4 {
-        return None;
-    }
-    let name = arch_name(resnet);
-    let block = match resnet.block {
-        Block::Basic => "BasicBlock",
-        Block::Bottleneck => "Bottleneck",
-    };
-    let mut lines = vec![match name.as_str() {
-        "custom" => {
-            format!("model = torchvision.models.ResNet(torchvision.models.resnet.{block}, {:?})", resnet.depths)
-        }
-        _ => format!("model = torchvision.models.{name}()"),
-    }];
-    if resnet.stem == Stem::Cifar {
-        lines.push("model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)".into());
-        lines.push("model.maxpool = torch.nn.Identity()".into());
-    }
-    Some(lines)
 }

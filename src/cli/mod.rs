@@ -27,7 +27,6 @@ mod selftest;
 pub mod signals;
 mod source_args;
 mod train;
-mod trained;
 mod workload;
 
 use std::collections::BTreeSet;
@@ -72,7 +71,7 @@ enum Command {
     Profile(Box<profile::ProfileArgs>),
     /// Measure a trained encoder: kNN accuracy, linear classifiers.
     Eval(eval::EvalArgs),
-    /// Write the trained backbone as a file that torchvision loads.
+    /// Write the trained network for torchvision, timm, detectron2 or ONNX, with a model card.
     Export(export::ExportArgs),
     /// Show what is in a file of weights (PyTorch, torchvision, timm, the reference), and make it a checkpoint.
     Import(import::ImportArgs),

@@ -1,6 +1,6 @@
 //! Options of the network and of the method.
 
-use clap::{ArgAction, ValueEnum};
+use clap::ArgAction;
 
 use super::preset::Preset;
 use crate::error::{Error, Result};
@@ -128,9 +128,7 @@ impl ModelArgs {
 
 /// What `--arch` calls the backbone; "custom" when it is none of the named ones.
 pub fn arch_name(resnet: &ResNet) -> String {
-    let is_it = |arch: &&Arch| ResNet::named(**arch, resnet.stem).as_ref() == Some(resnet);
-    let arch = Arch::value_variants().iter().find(is_it).unwrap_or(&Arch::Custom);
-    arch.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string())
+    resnet.arch().to_string()
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! What the graph asks of an op.
 
+use std::any::Any;
 use std::fmt::Debug;
 
 use crate::backend::cpu::CpuIo;
@@ -9,8 +10,9 @@ use crate::error::{Error, Result};
 use crate::graph::GradBuilder;
 use crate::tensor::TensorDesc;
 
-/// One operation. Backward passes are ordinary ops, so an op that exists only to compute a gradient has no `backward`.
-pub trait Op: Debug + Send + Sync {
+/// One operation. Backward passes are ordinary ops, so an op that exists only to compute a gradient has no `backward`. It is
+/// [`Any`], so that who translates a tape into another program's graph can look at its attributes.
+pub trait Op: Any + Debug + Send + Sync {
     /// Name in dumps and error messages, e.g. `conv2d`.
     fn name(&self) -> &'static str;
 

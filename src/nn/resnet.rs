@@ -1,5 +1,7 @@
 //! ResNet v1.5 with torchvision's names: the stride sits on the 3x3 convolution of a bottleneck (He et al. 2016).
 
+use clap::ValueEnum;
+
 use crate::error::{Error, Result};
 use crate::graph::ValueId;
 use crate::nn::builder::{Builder, Norm};
@@ -66,6 +68,12 @@ pub enum Arch {
     Custom,
 }
 
+impl std::fmt::Display for Arch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.to_possible_value().map_or(Ok(()), |value| f.write_str(value.get_name()))
+    }
+}
+
 /// A ResNet.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -91,6 +99,12 @@ impl ResNet {
             Arch::Custom => return None,
         };
         Some(ResNet { block, depths: depths.to_vec(), width: 64, stem })
+    }
+
+    /// What `--arch` calls it: [`Arch::Custom`] when it is none of the named ones.
+    pub fn arch(&self) -> Arch {
+        let is_it = |arch: &&Arch| ResNet::named(**arch, self.stem).as_ref() == Some(self);
+        Arch::value_variants().iter().find(is_it).copied().unwrap_or(Arch::Custom)
     }
 
     /// Checks what a user can get wrong.

@@ -132,6 +132,20 @@ pub struct FeatureGraph {
     pub params: Vec<ParamInfo>,
 }
 
+/// A recorded forward pass in evaluation mode, to the heads if wished.
+#[derive(Debug)]
+pub struct EvalGraph {
+    /// The tape.
+    pub tape: Tape,
+    /// Input: images `[n][h][w][3]`, normalised.
+    pub images: ValueId,
+    /// Outputs by name: `features` `[n][feature_dim]`; with heads `projection` (z) `[n][dim]`, and `prediction` (p) `[n][dim]`
+    /// where there is a predictor.
+    pub outputs: Vec<(&'static str, ValueId)>,
+    /// Parameters and buffers under PyTorch names.
+    pub params: Vec<ParamInfo>,
+}
+
 impl SimSiam {
     /// Checks what a user can get wrong.
     ///
@@ -261,6 +275,29 @@ impl SimSiam {
         let params = b.params;
         tape.keep(features);
         Ok(FeatureGraph { tape, images, features, params })
+    }
+
+    /// Records the network in evaluation mode for `batch` images, with projector and predictor if `heads`.
+    ///
+    /// # Errors
+    /// Settings that do not fit together.
+    pub fn eval_graph(&self, batch: usize, image_size: usize, dtype: DType, heads: bool) -> Result<EvalGraph> {
+        self.validate()?;
+        let mut tape = Tape::new();
+        let images = TensorDesc::new([batch, image_size, image_size, 3], dtype);
+        let images = tape.leaf("images", images, Role::Input, false);
+        let mut b = Builder::new(&mut tape, Mode::Eval, dtype);
+        let features = self.backbone.record(&mut b, "encoder.", images)?;
+        let mut outputs = vec![("features", features)];
+        if heads {
+            let z = self.heads.projector(&mut b, "encoder.fc.", features)?;
+            outputs.push(("projection", z));
+            let p = self.heads.predictor(&mut b, "predictor.", z)?;
+            outputs.extend((p != z).then_some(("prediction", p)));
+        }
+        let params = b.params;
+        outputs.iter().for_each(|(_, value)| _ = tape.keep(*value));
+        Ok(EvalGraph { tape, images, outputs, params })
     }
 
     /// Images in [`ResNet::padded_channels`].

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::{self, BufReader, Read, Write};
 use std::path::Path;
 
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
@@ -25,14 +25,20 @@ const MAX_HEADER: u64 = 100_000_000;
 /// # Errors
 /// [`Error::Io`] when the file cannot be written.
 pub fn write(path: &Path, tensors: &NamedTensors, metadata: &BTreeMap<String, String>) -> Result<()> {
+    write_atomic(path, |out| write_to(out, tensors, metadata))
+}
+
+/// The bytes of such a file, to wherever `out` leads.
+///
+/// # Errors
+/// What `out` reports.
+pub fn write_to(out: &mut dyn Write, tensors: &NamedTensors, metadata: &BTreeMap<String, String>) -> io::Result<()> {
     let mut ordered: Vec<(&String, &HostTensor)> = tensors.iter().collect();
     ordered.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.desc().dtype.size())); // stable: names stay in order
-    let header = header(&ordered, metadata).map_err(|e| Error::io("encode", path)(e.into()))?;
-    write_atomic(path, |out| {
-        out.write_all(&(header.len() as u64).to_le_bytes())?;
-        out.write_all(&header)?;
-        ordered.iter().try_for_each(|(_, tensor)| out.write_all(tensor.bytes()))
-    })
+    let header = header(&ordered, metadata)?;
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    ordered.iter().try_for_each(|(_, tensor)| out.write_all(tensor.bytes()))
 }
 
 fn header(ordered: &[(&String, &HostTensor)], metadata: &BTreeMap<String, String>) -> serde_json::Result<Vec<u8>> {

@@ -9,4 +9,5 @@ pub mod progress;
 pub mod run;
 pub mod schedule;
 pub mod state;
+pub mod trained;
 pub mod trainer;

@@ -21,6 +21,8 @@ use crate::train::trainer::{StepOutcome, StepReport, Trainer};
 
 /// The checkpoints' folder in a run directory.
 pub const CHECKPOINTS: &str = "checkpoints";
+/// The metrics' file in a run directory.
+pub const METRICS: &str = "metrics.jsonl";
 /// Batches in memory: one in use, the others being made.
 const LOADER_SLOTS: usize = 3;
 /// Weight of the newest step in the displayed speed.
@@ -129,7 +131,7 @@ impl RunFolder {
 
     /// The metrics file.
     pub fn metrics(&self) -> PathBuf {
-        self.path.join("metrics.jsonl")
+        self.path.join(METRICS)
     }
 
     /// The checkpoints, the newest `keep_last` of which are kept.

@@ -8,13 +8,13 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::model_args::arch_name;
-use super::trained;
 use crate::data::dataset::Dataset;
 use crate::data::mapped::Access;
 use crate::error::{Error, Result};
 use crate::eval::features::FeatureExtractor;
 use crate::exec::{Device, DeviceChoice, Opened, Precision};
 use crate::train::config::RunConfig;
+use crate::train::trained::{self, Trained};
 
 #[derive(Debug, clap::Args)]
 pub struct EvalArgs {
@@ -70,7 +70,7 @@ struct Network {
 
 impl NetworkArgs {
     fn open(&self) -> Result<Network> {
-        let (config, mut checkpoint) = trained::open(&self.source)?;
+        let Trained { config, mut checkpoint, .. } = trained::open(&self.source)?;
         let Opened { device, instead_of_gpu } = self.device.open(config.machine.cpu_conv)?;
         if let Some(error) = instead_of_gpu {
             tracing::info!("on the CPU, because there is no GPU to be used: {error}");

@@ -1,0 +1,64 @@
+//! What is exported: the weights of a run, and what is known of how they came about.
+
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::nn::simsiam::EvalGraph;
+use crate::tensor::safetensors::NamedTensors;
+use crate::tensor::{DType, TensorDesc};
+use crate::train::config::RunConfig;
+use crate::train::metrics::{self, Line};
+use crate::train::run::METRICS;
+use crate::train::trained::{State, Trained, open};
+
+/// A trained network.
+#[derive(Debug)]
+pub struct Source {
+    /// The run's configuration.
+    pub config: RunConfig,
+    /// Steps done.
+    pub step: u64,
+    /// Identity of the dataset, where it is known.
+    pub dataset: Option<String>,
+    /// The lines of the run's metrics up to that step; none where the file is gone.
+    pub metrics: Vec<Line>,
+    /// Whether projector and predictor are among the tensors.
+    pub heads: bool,
+    /// The tensors under `state_dict` names, in PyTorch's layouts.
+    pub tensors: NamedTensors,
+}
+
+impl Source {
+    /// Opens the newest checkpoint of a run directory, or a checkpoint file in one; takes the backbone, and the heads if asked
+    /// for.
+    ///
+    /// # Errors
+    /// [`Error::Io`] and [`Error::Format`] for what cannot be read or is not what it should be.
+    pub fn open(path: &Path, heads: bool) -> Result<Source> {
+        let Trained { run, config, mut checkpoint } = open(path)?;
+        let EvalGraph { params, .. } = config.model.eval_graph(1, config.augment.image_size, DType::F32, heads)?;
+        let mut tensors = NamedTensors::new();
+        for param in &params {
+            let expected = TensorDesc { shape: param.torch_shape(), dtype: param.desc.dtype };
+            tensors.insert(param.name.clone(), checkpoint.take(&param.name, &expected)?);
+        }
+        if let Some((name, _)) =
+            tensors.iter().find(|(_, tensor)| !tensor.to_f64().iter().all(|value| value.is_finite()))
+        {
+            let what = format!("tensor {name} is not finite: the network is of no use");
+            return Err(Error::format(checkpoint.path(), None, what).with_hint("export an older checkpoint of the run"));
+        }
+        let State { step, dataset } = checkpoint.state;
+        let metrics = run.join(METRICS);
+        let mut metrics = if metrics.exists() { metrics::read(&metrics)? } else { Vec::new() };
+        metrics.retain(|line| line.step < step);
+        Ok(Source { config, step, dataset, metrics, heads, tensors })
+    }
+
+    /// How many numbers were trained, or could have been: buffers do not count.
+    pub fn parameters(&self) -> usize {
+        let is_buffer =
+            |name: &str| [".running_mean", ".running_var", ".num_batches_tracked"].iter().any(|b| name.ends_with(b));
+        self.tensors.iter().filter(|(name, _)| !is_buffer(name)).map(|(_, tensor)| tensor.desc().shape.len()).sum()
+    }
+}
