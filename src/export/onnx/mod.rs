@@ -125,7 +125,7 @@ impl Translation<'_> {
     fn translate(&mut self, node: &Node) -> Result<()> {
         let op: &dyn Any = &*node.op;
         let reads = self.reads(&node.inputs)?;
-        let steps = if let Some(Conv2d { stride, padding }) = op.downcast_ref() {
+        let steps = if let Some(Conv2d { stride, padding, .. }) = op.downcast_ref() {
             let [_, kh, kw, _] = self.tape.desc(node.inputs[1]).shape.expect("onnx", "convolution's weight")?;
             vec![("Conv", reads, window([kh, kw], *stride, *padding))]
         } else if let Some(norm) = op.downcast_ref() {

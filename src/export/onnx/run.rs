@@ -122,7 +122,7 @@ impl Recording {
                 if kernel != [kh, kw] {
                     return Err(Error::shape("Conv", "kernel_shape", format!("{:?}", [kh, kw]), format!("{kernel:?}")));
                 }
-                tape.record_one(Conv2d { stride, padding }, &inputs)
+                tape.record_one(Conv2d::new(stride, padding), &inputs)
             }
             ("MaxPool", 1) => {
                 let [kernel, stride, padding] = settings.window()?.map(|[vertical, _]| vertical);
