@@ -78,6 +78,7 @@ fn weights(model: &SimSiam) -> NamedTensors {
 /// A run directory with one checkpoint of these weights, and metrics that go on after it.
 fn run_folder(folder: &Path, model: &SimSiam, image_size: usize) -> NamedTensors {
     let config = RunConfig {
+        init: None,
         data: "/secret/place/images.ssds".into(),
         seed: 5,
         shuffle_window: 0,
