@@ -2,8 +2,8 @@
 //!
 //! With a Python that has torch, torchvision, timm, onnx and onnxruntime (`SIMSIAM_PYTHON`, else `python3`) the libraries
 //! themselves load every format, detectron2 from a checkout in `SIMSIAM_DETECTRON2`; with `SIMSIAM_REQUIRE_PYTHON=1` the absence
-//! of Python is a failure. Without, what they said once of the
-//! files in `tests/fixtures/export` still holds: they are compared byte by byte.
+//! of Python is a failure. Without, what they said once of the files in `tests/fixtures/export` still holds: the files are
+//! compared byte by byte.
 
 mod common;
 

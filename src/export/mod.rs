@@ -237,11 +237,15 @@ fn pretrained_cfg(source: &Source) -> serde_json::Value {
     })
 }
 
-/// Normalised noise `[n][h][w][3]`.
+/// Normalised noise `[n][h][w][3]`, each image with a colour of its own: noise alone averages out to much the same features.
 fn random_images(source: &Source) -> Result<HostTensor> {
     let size = source.config.augment.image_size;
     let mut stream = Stream::new(0, IMAGE_DOMAIN, 0);
-    let values: Vec<f32> = (0..IMAGES * size * size * 3).map(|_| stream.normal() as f32).collect();
+    let mut values = Vec::with_capacity(IMAGES * size * size * 3);
+    for _ in 0..IMAGES {
+        let colour = [(); 3].map(|()| 2.0 * stream.normal());
+        values.extend((0..size * size * 3).map(|i| (colour[i % 3] + stream.normal()) as f32));
+    }
     HostTensor::from_f32([IMAGES, size, size, 3], &values)
 }
 
