@@ -14,6 +14,14 @@ const BUFFER: usize = 1 << 20;
 /// # Errors
 /// [`Error::Io`] with the step that failed.
 pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+    write_whole(path, |out| fill(out).map_err(Error::io("write", path)))
+}
+
+/// As [`write_atomic`], when what is written may fail to come about for reasons of its own.
+///
+/// # Errors
+/// What `fill` returns; [`Error::Io`] with the step that failed.
+pub fn write_whole(path: &Path, fill: impl FnOnce(&mut (dyn Write + Send)) -> Result<()>) -> Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let name = path.file_name().ok_or_else(|| {
         Error::io("write", path)(io::Error::new(io::ErrorKind::InvalidInput, "the path does not end in a file name"))
@@ -22,7 +30,8 @@ pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result
         .tempfile_in(folder)
         .map_err(Error::io("create a file in", folder))?;
     let mut buffered = BufWriter::with_capacity(BUFFER, file.as_file_mut());
-    fill(&mut buffered).and_then(|()| buffered.flush()).map_err(Error::io("write", path))?;
+    fill(&mut buffered)?;
+    buffered.flush().map_err(Error::io("write", path))?;
     drop(buffered);
     file.as_file().sync_all().map_err(Error::io("make durable", path))?;
     file.persist(path).map_err(|e| Error::io("rename to", path)(e.error))?;

@@ -53,8 +53,8 @@ impl ExportArgs {
 
 /// What is told of the training state.
 #[derive(Debug, Deserialize)]
-struct State {
-    step: u64,
+pub(super) struct State {
+    pub(super) step: u64,
 }
 
 pub fn run(args: ExportArgs) -> Result<()> {
@@ -89,7 +89,7 @@ pub fn run(args: ExportArgs) -> Result<()> {
 }
 
 /// The configuration and the checkpoint that `source` names.
-fn open(source: &Path) -> Result<(RunConfig, Checkpoint<State>)> {
+pub(super) fn open(source: &Path) -> Result<(RunConfig, Checkpoint<State>)> {
     if source.is_dir() {
         let config = RunConfig::read(source)?;
         let folder = source.join(CHECKPOINTS);

@@ -5,12 +5,15 @@ mod augment_preview;
 mod bench;
 mod demo;
 mod devices;
+mod embed;
 mod export;
 mod facts;
+mod finetune;
 mod gpu_args;
 mod inspect;
 mod kernels;
 mod machine;
+mod machine_args;
 mod meter;
 mod model_args;
 mod output;
@@ -67,6 +70,10 @@ enum Command {
     Plan(plan::PlanArgs),
     /// Time every node of a training step, and say how far each is from what the device could do.
     Profile(Box<profile::ProfileArgs>),
+    /// Write the features of a dataset's images, for other programs, as a map or as a gallery of neighbours.
+    Embed(Box<embed::EmbedArgs>),
+    /// Train a pretrained network on labels, all or a few, and beside it one from scratch.
+    Finetune(Box<finetune::FinetuneArgs>),
     /// Write the trained backbone as a file that torchvision loads.
     Export(export::ExportArgs),
     /// Measure a part of the engine on this machine, and name what holds it up.
@@ -102,6 +109,8 @@ fn run(command: Command) -> Result<()> {
         Command::AugmentPreview(args) => augment_preview::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Profile(args) => profile::run(&args),
+        Command::Embed(args) => embed::run(&args),
+        Command::Finetune(args) => finetune::run(&args),
         Command::Export(args) => export::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Devices(args) => devices::run(&args),

@@ -2,6 +2,7 @@
 //! memory that it is handed.
 
 pub mod augment;
+pub mod centre;
 pub mod dataset;
 pub mod decode;
 pub mod format;

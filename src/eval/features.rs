@@ -2,25 +2,24 @@
 
 use std::sync::Arc;
 
-use rayon::prelude::*;
-
 use crate::data::augment::{AugmentConfig, Augmenter};
+use crate::data::centre::centre_views;
 use crate::data::dataset::Dataset;
 use crate::data::reader::ImageReader;
 use crate::error::{Error, Result};
 use crate::eval::knn::{Knn, KnnResult, Labelled};
-use crate::exec::{Device, Executor};
+use crate::exec::{Device, Executor, Options};
 use crate::graph::ValueId;
 use crate::graph::plan::Target;
 use crate::nn::ParamInfo;
-use crate::nn::simsiam::{FeatureGraph, SimSiam};
+use crate::nn::simsiam::{FeatureGraph, Layer, SimSiam};
 use crate::tensor::DType;
 use crate::tensor::safetensors::NamedTensors;
 use crate::train::run::Probe;
 use crate::train::state::write_params;
 
 /// Images of one forward pass.
-const BATCH: usize = 64;
+pub const BATCH: usize = 64;
 
 /// Features and labels of a dataset, in record order.
 #[derive(Debug, Clone, PartialEq)]
@@ -56,18 +55,36 @@ impl FeatureExtractor {
     /// # Errors
     /// Settings that do not fit together; memory that the system refuses.
     pub fn new(model: &SimSiam, augment: &AugmentConfig, device: &Device, dtype: DType) -> Result<FeatureExtractor> {
+        FeatureExtractor::of_layer(model, Layer::Pooled, augment, device, (dtype, Options::default()))
+    }
+
+    /// The same with the outputs of `layer` as features, on an executor that works as the options say.
+    ///
+    /// # Errors
+    /// As [`FeatureExtractor::new`].
+    pub fn of_layer(
+        model: &SimSiam,
+        layer: Layer,
+        augment: &AugmentConfig,
+        device: &Device,
+        (dtype, options): (DType, Options),
+    ) -> Result<FeatureExtractor> {
         let padded = device.target() == Target::Cuda;
         let FeatureGraph { tape, images, features, params } =
-            model.record_features(BATCH, augment.image_size, dtype, padded)?;
-        let exec = device.executor(tape)?;
-        Ok(FeatureExtractor {
-            exec,
-            images,
-            features,
-            params,
-            augment: augment.clone(),
-            dim: model.backbone.feature_dim(),
-        })
+            model.record_layer(layer, BATCH, augment.image_size, dtype, padded)?;
+        let dim = tape.desc(features).shape.channels();
+        let exec = device.executor_with(tape, options)?;
+        Ok(FeatureExtractor { exec, images, features, params, augment: augment.clone(), dim })
+    }
+
+    /// Length of a feature.
+    pub fn dim(&self) -> usize {
+        self.dim
+    }
+
+    /// The parameters and buffers that features depend on.
+    pub fn params(&self) -> &[ParamInfo] {
+        &self.params
     }
 
     /// Loads the backbone's parameters from tensors under PyTorch names.
@@ -94,26 +111,41 @@ impl FeatureExtractor {
     /// Damaged records; records without a label.
     pub fn extract(&mut self, dataset: &Dataset) -> Result<Features> {
         let labels = labels(dataset)?;
-        let view = self.augment.view_len();
-        let mut images = vec![0f32; BATCH * view];
         let mut values = Vec::with_capacity(dataset.len() * self.dim);
-        for first in (0..dataset.len()).step_by(BATCH) {
-            let count = BATCH.min(dataset.len() - first);
-            images[..count * view].par_chunks_mut(view).enumerate().try_for_each_init(
-                || (Augmenter::new(&self.augment), ImageReader::default()),
-                |(augmenter, reader), (i, out)| {
-                    let augmenter = augmenter.as_mut().map_err(|e| Error::Mismatch(e.to_string()))?;
-                    let (image, _) = reader.read(dataset, first + i)?;
-                    augmenter.resize_center(&image, None, out);
-                    Ok::<(), Error>(())
-                },
-            )?;
-            self.exec.write(self.images, &self.exec.tape().desc(self.images).dtype.encode_f32(&images))?;
-            self.exec.run_step()?;
-            let features = self.exec.read(self.features)?.to_f64();
-            values.extend(features[..count * self.dim].iter().map(|&value| value as f32));
-        }
+        self.stream(dataset, &mut |_, rows| {
+            values.extend_from_slice(rows);
+            Ok(())
+        })?;
         Ok(Features { values, labels, dim: self.dim })
+    }
+
+    /// Features of every record of `dataset`, labelled or not, in record order: `sink` gets those of a few records at a time,
+    /// with the number of the first.
+    ///
+    /// # Errors
+    /// Damaged records; what `sink` returns.
+    pub fn stream(&mut self, dataset: &Dataset, sink: &mut dyn FnMut(usize, &[f32]) -> Result<()>) -> Result<()> {
+        for first in (0..dataset.len()).step_by(BATCH) {
+            let records: Vec<usize> = (first..dataset.len().min(first + BATCH)).collect();
+            sink(first, &self.forward(dataset, &records)?)?;
+        }
+        Ok(())
+    }
+
+    /// Features of at most [`BATCH`] records, one row each.
+    ///
+    /// # Errors
+    /// Damaged records; [`Error::Shape`] for too many.
+    pub fn forward(&mut self, dataset: &Dataset, records: &[usize]) -> Result<Vec<f32>> {
+        if records.len() > BATCH {
+            return Err(Error::shape("features", "records", format!("at most {BATCH}"), records.len()));
+        }
+        let mut images = vec![0f32; BATCH * self.augment.view_len()];
+        centre_views(dataset, records, &self.augment, &mut images)?;
+        self.exec.write(self.images, &self.exec.tape().desc(self.images).dtype.encode_f32(&images))?;
+        self.exec.run_step()?;
+        let features = self.exec.read(self.features)?.to_f64();
+        Ok(features[..records.len() * self.dim].iter().map(|&value| value as f32).collect())
     }
 }
 
