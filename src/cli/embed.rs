@@ -140,9 +140,11 @@ pub fn run(args: &EmbedArgs) -> Result<()> {
         let layer = args.layer.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string());
         let rate = images as f64 / seconds.max(1e-9);
         writeln!(out, "{title}: {layer} features [{images}, {dim}], {seconds:.1} s, {rate:.0} images/s")?;
-        format.iter().zip(&args.out).flat_map(|(format, path)| format.files(path)).try_for_each(|file| {
-            writeln!(out, "  {}", file.display())
-        })
+        format
+            .iter()
+            .zip(&args.out)
+            .flat_map(|(format, path)| format.files(path))
+            .try_for_each(|file| writeln!(out, "  {}", file.display()))
     })?;
     collected.finish(args, &dataset, dim, &title)
 }

@@ -81,8 +81,7 @@ fn tsne(pca: &Pca, n: usize, perplexity: f32) -> Result<Vec<[f64; 2]>> {
         pca.coordinates.chunks_exact(k).flat_map(|row| [row[0], row[1]]).map(|v| (scale * v) as f32).collect();
     let one = rayon::ThreadPoolBuilder::new().num_threads(1).build();
     let one = one.map_err(|e| Error::Unsupported { what: format!("cannot start a thread: {e}"), hint: None })?;
-    let distance =
-        |a: &&[f32], b: &&[f32]| a.iter().zip(*b).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
+    let distance = |a: &&[f32], b: &&[f32]| a.iter().zip(*b).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
     let mapped = one.install(|| {
         let mut fit: tSNE<f32, &[f32]> = tSNE::new(&samples);
         fit.perplexity(perplexity).epochs(STEPS).initial_embedding(start).barnes_hut(THETA, distance).embedding()
@@ -107,7 +106,8 @@ mod tests {
         let distance = |a: [f64; 2], b: [f64; 2]| (a[0] - b[0]).powi(2) + (a[1] - b[1]).powi(2);
         let own = |i: usize| {
             let others = (0..points.len()).filter(|&j| j != i);
-            let nearest = others.min_by(|&a, &b| distance(points[i], points[a]).total_cmp(&distance(points[i], points[b])));
+            let nearest =
+                others.min_by(|&a, &b| distance(points[i], points[a]).total_cmp(&distance(points[i], points[b])));
             nearest.is_some_and(|j| j % 3 == i % 3)
         };
         (0..points.len()).filter(|&i| own(i)).count() as f64 / points.len() as f64

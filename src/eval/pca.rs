@@ -108,7 +108,8 @@ fn ritz(basis: &[f64], image: &[f64], [block, dim]: [usize; 2]) -> (Vec<f64>, Ve
     let eigen = symmetric.symmetric_eigen();
     let mut order: Vec<usize> = (0..block).collect();
     order.sort_by(|&a, &b| eigen.eigenvalues[b].total_cmp(&eigen.eigenvalues[a]));
-    let turn: Vec<f64> = order.iter().flat_map(|&j| eigen.eigenvectors.column(j).iter().copied().collect::<Vec<_>>()).collect();
+    let turn: Vec<f64> =
+        order.iter().flat_map(|&j| eigen.eigenvectors.column(j).iter().copied().collect::<Vec<_>>()).collect();
     let turned = |matrix: Mat<&[f64]>| {
         let mut out = vec![0.0; block * dim];
         gemm_blocks(Mat::row_major(&mut out, block, dim), Mat::row_major(&turn[..], block, block), matrix, false);

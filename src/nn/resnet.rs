@@ -119,13 +119,7 @@ impl ResNet {
     ///
     /// # Errors
     /// As [`ResNet::record`].
-    pub fn record_frozen(
-        &self,
-        b: &mut Builder<'_>,
-        prefix: &str,
-        images: ValueId,
-        frozen: usize,
-    ) -> Result<ValueId> {
+    pub fn record_frozen(&self, b: &mut Builder<'_>, prefix: &str, images: ValueId, frozen: usize) -> Result<ValueId> {
         let mode = b.mode;
         let mode_of = |layer: usize| if layer < frozen { Mode::Eval } else { mode };
         b.mode = mode_of(0);

@@ -260,9 +260,7 @@ impl Images {
         if train.classes() != test.classes() {
             let (own, others) = (test.classes().len(), train.classes().len());
             let what = format!("its {own} classes are not the {others} of {}", train.path().display());
-            return Err(
-                Error::format(test.path(), None, what).with_hint("prepare both from folders of the same names")
-            );
+            return Err(Error::format(test.path(), None, what).with_hint("prepare both from folders of the same names"));
         }
         let batch = config.recipe.batch.min(subset.records.len());
         Ok(Images { train: Arc::new(train.select(&subset.records)?), test, subset, batch })
@@ -374,7 +372,8 @@ impl<'a> Training<'a> {
             memory: self.trainer.planned_memory(),
         });
         write_lines(&folder, &lines)?;
-        let mut loader = (lines.len() < schedule.epochs as usize).then(|| self.loader(lines.len() as u64)).transpose()?;
+        let mut loader =
+            (lines.len() < schedule.epochs as usize).then(|| self.loader(lines.len() as u64)).transpose()?;
         while let Some(loader) = loader.as_mut().filter(|_| lines.len() < schedule.epochs as usize) {
             let Some(line) = self.epoch(lines.len() as u64, loader, interrupted, tell)? else { break };
             tell(Event::Epoch(&line));

@@ -36,7 +36,8 @@ impl FromStr for Fraction {
 
     fn from_str(text: &str) -> Result<Fraction, String> {
         let expected = || format!("expected a percentage above 0% and up to 100%, such as 1% or 10%, got {text:?}");
-        let percent = text.strip_suffix('%').and_then(|number| number.trim().parse::<f64>().ok()).ok_or_else(expected)?;
+        let percent =
+            text.strip_suffix('%').and_then(|number| number.trim().parse::<f64>().ok()).ok_or_else(expected)?;
         if percent > 0.0 && percent <= 100.0 { Ok(Fraction { percent }) } else { Err(expected()) }
     }
 }

@@ -307,9 +307,12 @@ mod tests {
     fn rows_are_judged_as_pytorch_does() {
         // torch.nn.functional.cross_entropy of these logits and labels, in float64.
         let logits = [1.5, -0.25, 3.0, 3.0, 0.5, -2.0, 0.75];
-        for (label, loss, rank) in
-            [(2, 0.8985855310118338, 0), (3, 0.8985855310118338, 1), (0, 2.398585531011834, 2), (5, 5.898585531011834, 6)]
-        {
+        for (label, loss, rank) in [
+            (2, 0.8985855310118338, 0),
+            (3, 0.8985855310118338, 1),
+            (0, 2.398585531011834, 2),
+            (5, 5.898585531011834, 6),
+        ] {
             let (got, place) = judge(&logits, label);
             assert!((got - loss).abs() < 1e-12, "label {label}: expected {loss}, got {got}");
             assert_eq!(place, rank, "label {label}");

@@ -84,12 +84,7 @@ impl Table<'_> {
     ///
     /// # Errors
     /// What `rows` returns; [`Error::Io`]; [`Error::Internal`] when the rows are not as many as the records.
-    pub fn write(
-        &self,
-        path: &Path,
-        format: Format,
-        rows: &mut dyn FnMut(&mut Sink<'_>) -> Result<()>,
-    ) -> Result<()> {
+    pub fn write(&self, path: &Path, format: Format, rows: &mut dyn FnMut(&mut Sink<'_>) -> Result<()>) -> Result<()> {
         let mut checked = |sink: &mut Sink<'_>| {
             let mut written = 0;
             rows(&mut |first, values| {

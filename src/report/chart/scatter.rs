@@ -218,7 +218,8 @@ mod tests {
         let top = (MARGIN + TITLE_ROW + SUBTITLE_ROW) as u32;
         let blue = |x: u32, y: u32| image.get_pixel(x, y).0 == [0, 114, 178];
         let outside = (0..image.width()).flat_map(|x| (0..image.height()).map(move |y| (x, y)));
-        let outside = outside.filter(|&(x, y)| f64::from(x) < LEFT - 4.0 || y < top - 4 || f64::from(y) > f64::from(top) + SIDE + 4.0);
+        let outside = outside
+            .filter(|&(x, y)| f64::from(x) < LEFT - 4.0 || y < top - 4 || f64::from(y) > f64::from(top) + SIDE + 4.0);
         assert_eq!(outside.filter(|&(x, y)| blue(x, y)).count(), 0);
     }
 
