@@ -12,7 +12,7 @@ use crate::graph::plan::Target;
 use crate::graph::{Phase, ValueId};
 use crate::nn::ParamInfo;
 use crate::nn::classifier::{Classifier, ClassifierGraph, HEAD, LogitGraph};
-use crate::nn::simsiam::StepShape;
+use crate::nn::simsiam::{LOSS_SCALE, StepShape};
 use crate::ops::sgd::StepParam;
 use crate::tensor::DType;
 use crate::tensor::safetensors::NamedTensors;
@@ -123,8 +123,9 @@ impl Supervised {
     pub fn start(&mut self, seed: u64, pretrained: Option<&NamedTensors>) -> Result<()> {
         write_initial(&mut *self.exec, &self.params, seed)?;
         let Some(pretrained) = pretrained else { return Ok(()) };
-        let of_head = |name: &str| name.strip_prefix(HEAD).is_some_and(|rest| rest.starts_with('.'));
-        let backbone: Vec<ParamInfo> = self.params.iter().filter(|p| !of_head(&p.name)).cloned().collect();
+        let own =
+            |name: &str| name.starts_with(LOSS_SCALE) || name.strip_prefix(HEAD).is_some_and(|n| n.starts_with('.'));
+        let backbone: Vec<ParamInfo> = self.params.iter().filter(|p| !own(&p.name)).cloned().collect();
         write_params(&mut *self.exec, &backbone, |name, desc| {
             let tensor = pretrained.get(&format!("{ENCODER}{name}")).cloned();
             tensor.ok_or_else(|| Error::shape("load", name, desc, "no such tensor"))
