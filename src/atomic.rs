@@ -14,7 +14,7 @@ const BUFFER: usize = 1 << 20;
 /// # Errors
 /// [`Error::Io`] with the step that failed.
 pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
-    write_verified(path, fill, |_| Ok(())).map(|_| ())
+    write_verified(path, fill, |_| Ok(()))
 }
 
 /// As [`write_atomic`], but the file gets its name only after `verify` has read the temporary one and found it good. Returns
@@ -27,6 +27,22 @@ pub fn write_verified<T>(
     fill: impl FnOnce(&mut dyn Write) -> io::Result<()>,
     verify: impl FnOnce(&Path) -> Result<T>,
 ) -> Result<T> {
+    write_temporary(path, |out| fill(out).map_err(Error::io("write", path)), verify)
+}
+
+/// As [`write_atomic`], when what is written may fail to come about for reasons of its own.
+///
+/// # Errors
+/// What `fill` returns; [`Error::Io`] with the step that failed.
+pub fn write_whole(path: &Path, fill: impl FnOnce(&mut (dyn Write + Send)) -> Result<()>) -> Result<()> {
+    write_temporary(path, fill, |_| Ok(()))
+}
+
+fn write_temporary<T>(
+    path: &Path,
+    fill: impl FnOnce(&mut (dyn Write + Send)) -> Result<()>,
+    verify: impl FnOnce(&Path) -> Result<T>,
+) -> Result<T> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let name = path.file_name().ok_or_else(|| {
         Error::io("write", path)(io::Error::new(io::ErrorKind::InvalidInput, "the path does not end in a file name"))
@@ -35,7 +51,8 @@ pub fn write_verified<T>(
         .tempfile_in(folder)
         .map_err(Error::io("create a file in", folder))?;
     let mut buffered = BufWriter::with_capacity(BUFFER, file.as_file_mut());
-    fill(&mut buffered).and_then(|()| buffered.flush()).map_err(Error::io("write", path))?;
+    fill(&mut buffered)?;
+    buffered.flush().map_err(Error::io("write", path))?;
     drop(buffered);
     file.as_file().sync_all().map_err(Error::io("make durable", path))?;
     let verified = verify(file.path())?;

@@ -11,6 +11,7 @@ use rayon::prelude::*;
 use simsiam_engine::backend::cuda::library::cudnn::{Cudnn, Epilogue, Graph, Plan, Target};
 use simsiam_engine::backend::cuda::library::{Choice, Convolution, Direction, Fused, SCRATCH, Work, graph, limits};
 use simsiam_engine::graph::{Node, Tape};
+use simsiam_engine::nn::classifier::Classifier;
 use simsiam_engine::nn::epilogues::Epilogues;
 use simsiam_engine::nn::heads::{HeadNorm, Heads, OutBias, PredictorKind};
 use simsiam_engine::nn::resnet::{Arch, ResNet, Stem};
@@ -164,6 +165,33 @@ fn a_large_batch_has_plans_as_well() {
         let tally = tally(&cudnn, &target, &works, false);
         println!("{device}: {tally:?}");
         assert_eq!(tally.without, [""; 0]);
+    }
+}
+
+/// The head of a classifier has as many rows as there are classes, be they odd: its weight gradient is a convolution that
+/// cuDNN may refuse, but then it has to be a product as well, and the refusal no error.
+#[test]
+fn heads_of_any_number_of_classes_can_be_trained() {
+    let Some(cudnn) = cudnn() else { return };
+    let backbone = ResNet::named(Arch::Resnet18, Stem::Cifar).unwrap();
+    for ((device, json), (precision, dtype, tf32)) in
+        DEVICES.into_iter().flat_map(|device| PRECISIONS.map(|precision| (device, precision)))
+    {
+        let target = Target::described(&cudnn, json).unwrap();
+        let mut without = vec![];
+        for (classes, batch) in [(2, 256), (3, 7), (10, 256), (37, 100), (100, 13), (1000, 256)] {
+            let model = Classifier { backbone: backbone.clone(), classes, frozen: 0 };
+            let shape = StepShape::new(batch, 32, dtype, ViewSource::Given { padded: true });
+            let tape = model.record_step(&shape).unwrap().tape;
+            let of_head = tape.nodes().iter().filter(|node| node.name.starts_with("fc"));
+            let works: Vec<Convolution> = of_head.filter_map(|node| convolution(&tape, node)).collect();
+            assert_eq!(works.len(), 1, "the weight gradient of the head");
+            assert!(works[0].as_product().is_some(), "{:?}", works[0]);
+            if first_plan(&cudnn, &target, &works[0], false, tf32).is_none() {
+                without.push(classes);
+            }
+        }
+        println!("{device} {precision}: left to cuBLASLt: heads of {without:?} classes");
     }
 }
 

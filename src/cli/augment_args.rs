@@ -100,7 +100,7 @@ impl AugmentArgs {
 }
 
 /// Parses exactly `N` numbers with commas between them.
-fn numbers<T: std::str::FromStr, const N: usize>(text: &str) -> Result<[T; N], String> {
+pub(super) fn numbers<T: std::str::FromStr, const N: usize>(text: &str) -> Result<[T; N], String> {
     let parsed: Option<Vec<T>> = text.split(',').map(|number| number.trim().parse().ok()).collect();
     let exactly = parsed.and_then(|numbers| numbers.try_into().ok());
     exactly.ok_or_else(|| format!("expected {N} numbers with commas between them"))

@@ -41,6 +41,14 @@ impl Meter {
         }
     }
 
+    /// Prints a line of its own.
+    pub fn note(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| eprintln!("{text}")),
+            None => eprintln!("{text}"),
+        }
+    }
+
     /// Clears the bar; returns the seconds it took.
     pub fn finish(self) -> f64 {
         if let Some(bar) = &self.bar {

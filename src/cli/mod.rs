@@ -5,14 +5,17 @@ mod augment_preview;
 mod bench;
 mod demo;
 mod devices;
+mod embed;
 mod eval;
 mod export;
 mod facts;
+mod finetune;
 mod gpu_args;
 mod import;
 mod inspect;
 mod kernels;
 mod machine;
+mod machine_args;
 mod meter;
 mod model_args;
 mod output;
@@ -71,6 +74,10 @@ enum Command {
     Profile(Box<profile::ProfileArgs>),
     /// Measure a trained encoder: kNN accuracy, linear classifiers.
     Eval(eval::EvalArgs),
+    /// Write the features of a dataset's images, for other programs, as a map or as a gallery of neighbours.
+    Embed(Box<embed::EmbedArgs>),
+    /// Train a pretrained network on labels, all or a few, and beside it one from scratch.
+    Finetune(Box<finetune::FinetuneArgs>),
     /// Write the trained network for torchvision, timm, detectron2 or ONNX, with a model card.
     Export(export::ExportArgs),
     /// Show what is in a file of weights (PyTorch, torchvision, timm, the reference), and make it a checkpoint.
@@ -109,6 +116,8 @@ fn run(command: Command) -> Result<()> {
         Command::Plan(args) => plan::run(args),
         Command::Profile(args) => profile::run(&args),
         Command::Eval(args) => eval::run(args),
+        Command::Embed(args) => embed::run(&args),
+        Command::Finetune(args) => finetune::run(&args),
         Command::Export(args) => export::run(args),
         Command::Import(args) => import::run(&args),
         Command::Bench(args) => bench::run(args),

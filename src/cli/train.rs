@@ -4,20 +4,18 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::augment_args::AugmentArgs;
-use super::gpu_args::GpuArgs;
 use super::import::{InitArgs, Start};
+use super::machine_args::MachineArgs;
 use super::model_args::ModelArgs;
 use super::preset::Preset;
 use super::recipe_args::RecipeArgs;
 use super::signals;
-use crate::backend::cpu::Tier;
 use crate::data::dataset::Dataset;
 use crate::data::loader::steps_per_epoch;
-use crate::data::mapped::Access;
 use crate::error::{Error, Result};
 use crate::eval::features::{FeatureExtractor, KnnProbe};
 use crate::eval::knn::Knn;
-use crate::exec::{Device, DeviceChoice, Opened, Precision};
+use crate::exec::{Device, DeviceChoice};
 use crate::train::config::{KnnMonitor, Logging, Machine, RunConfig};
 use crate::train::run::{Probe, Run, RunFolder, Summary};
 use crate::train::trainer::Trainer;
@@ -55,6 +53,9 @@ pub struct TrainArgs {
     log: LogArgs,
     #[command(flatten)]
     machine: MachineArgs,
+    /// Look for NaN and infinity in the output of every node, every step (slower); with --resume too.
+    #[arg(long, help_heading = "Machine")]
+    check: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -90,32 +91,6 @@ struct LogArgs {
     /// Measure the kNN figure every N epochs, and at the end.
     #[arg(long, value_name = "N", default_value_t = 1)]
     knn_every: u64,
-}
-
-#[derive(Debug, clap::Args)]
-#[command(next_help_heading = "Machine")]
-struct MachineArgs {
-    /// Where to train: auto (the first NVIDIA GPU if there is one, else the CPU), cpu, cuda, cuda:N, or cuda-emulated (the
-    /// CUDA kernels on the CPU, for finding faults) [default: auto; with --resume, as before].
-    #[arg(long, value_name = "DEVICE")]
-    device: Option<DeviceChoice>,
-    /// In what to train [default: bf16 on a GPU, f32 on the CPU; with --resume, as before].
-    #[arg(long, value_enum)]
-    dtype: Option<Precision>,
-    #[command(flatten)]
-    gpu: GpuArgs,
-    /// Threads that read and augment images [default: 1; with --resume, as before].
-    #[arg(long, value_name = "N")]
-    workers: Option<usize>,
-    /// How records are read [default: auto; with --resume, as before]. Does not change any result.
-    #[arg(long, value_enum)]
-    io: Option<Access>,
-    /// Implementation of the CPU's convolutions.
-    #[arg(long, value_enum, default_value_t)]
-    cpu_conv: Tier,
-    /// Look for NaN and infinity in the output of every node, every step (slower); with --resume too.
-    #[arg(long)]
-    check: bool,
 }
 
 pub fn run(args: TrainArgs) -> Result<()> {
@@ -160,7 +135,7 @@ fn start(args: &TrainArgs) -> Result<Asked> {
         return Err(Error::config("train", "expected a dataset file and --run DIR, or --resume DIR"));
     };
     RunFolder::check_new(path)?;
-    let mut machine = Machine { device: DeviceChoice::Auto, ..Machine::default() };
+    let mut machine = Machine { device: DeviceChoice::Auto, check: args.check, ..Machine::default() };
     let device = args.machine.open(&mut machine, true)?;
     let mut model = args.model.resolve(args.preset)?;
     let init = args.init.start(&mut model, args.seed)?;
@@ -210,37 +185,15 @@ fn first_step(config: &RunConfig, dataset: &Dataset) -> u64 {
 
 fn resume(args: &TrainArgs, path: &std::path::Path) -> Result<Asked> {
     let (folder, mut config) = RunFolder::open(path)?;
+    config.machine.check |= args.check;
     let device = args.machine.open(&mut config.machine, false)?;
     config.validate()?;
     let dataset = Arc::new(Dataset::open_with(&config.data, config.machine.io)?);
     Ok(Asked { config, folder: Some(folder), dataset, device, init: None })
 }
 
-impl MachineArgs {
-    /// Changes `machine` as asked for and opens its device; a new run's element type is the device's own.
-    fn open(&self, machine: &mut Machine, new: bool) -> Result<Device> {
-        machine.device = self.device.unwrap_or(machine.device);
-        machine.workers = self.workers.unwrap_or(machine.workers);
-        machine.io = self.io.unwrap_or(machine.io);
-        machine.cpu_conv = if new { self.cpu_conv } else { machine.cpu_conv };
-        machine.check |= self.check;
-        machine.graph &= !self.gpu.no_graph;
-        machine.autotune |= self.gpu.autotune;
-        machine.nvtx = self.gpu.nvtx;
-        machine.epilogues = self.gpu.epilogues(std::mem::take(&mut machine.epilogues));
-        let Opened { device, instead_of_gpu } = machine.device.open(machine.cpu_conv)?;
-        if let Some(error) = instead_of_gpu {
-            eprintln!("training on the CPU, because there is no GPU to be used: {error}");
-        }
-        let own = if new { Precision::default_on(&device) } else { machine.dtype };
-        machine.dtype = self.dtype.unwrap_or(own);
-        machine.dtype.check_trainable_on(&device)?;
-        Ok(device)
-    }
-}
-
 /// The path from the root, so that a run can be continued from any directory.
-fn absolute(path: &std::path::Path) -> Result<PathBuf> {
+pub(super) fn absolute(path: &std::path::Path) -> Result<PathBuf> {
     path.canonicalize().map_err(Error::io("open", path))
 }
 

@@ -16,6 +16,8 @@ pub struct Dataset {
     /// Number of the first record of every shard, and after them of all records.
     starts: Vec<usize>,
     classes: Vec<String>,
+    /// The records that it consists of, where that is not all of them.
+    chosen: Option<Vec<usize>>,
 }
 
 impl Dataset {
@@ -38,7 +40,7 @@ impl Dataset {
             None => {
                 let shard = Shard::open(path, access)?;
                 let (starts, classes) = (vec![0, shard.len()], shard.meta().classes.clone());
-                Ok(Dataset { path: path.to_path_buf(), shards: vec![shard], starts, classes })
+                Ok(Dataset { path: path.to_path_buf(), shards: vec![shard], starts, classes, chosen: None })
             }
         }
     }
@@ -59,12 +61,30 @@ impl Dataset {
             starts.push(first + shard.len());
             shards.push(shard);
         }
-        Ok(Dataset { path: path.to_path_buf(), shards, starts, classes: manifest.classes })
+        Ok(Dataset { path: path.to_path_buf(), shards, starts, classes: manifest.classes, chosen: None })
+    }
+
+    /// The dataset of these records alone, in this order: record `i` of it is what was record `records[i]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when there is none, or one that the dataset has not.
+    pub fn select(mut self, records: &[usize]) -> Result<Dataset> {
+        if records.is_empty() {
+            return Err(Error::shape("dataset", "chosen records", "at least 1", 0));
+        }
+        let chosen = records.iter().map(|&i| self.number(i)).collect::<Result<_>>()?;
+        self.chosen = Some(chosen);
+        Ok(self)
     }
 
     /// Number of records, at least 1.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
+        self.chosen.as_ref().map_or(self.stored(), Vec::len)
+    }
+
+    /// Number of records in the files.
+    fn stored(&self) -> usize {
         self.starts.last().copied().unwrap_or(0)
     }
 
@@ -126,14 +146,17 @@ impl Dataset {
         self.shards.iter().map(|shard| shard.header().file_len).sum()
     }
 
-    /// Name of the content: that of the one file, or one derived from those of the shards.
+    /// Name of the content: that of the one file, or one derived from those of the shards and the choice of records.
     pub fn uuid(&self) -> uuid::Uuid {
-        match &self.shards[..] {
-            [only] => uuid::Uuid::from_bytes(only.header().uuid),
-            shards => {
+        match (&self.shards[..], &self.chosen) {
+            ([only], None) => uuid::Uuid::from_bytes(only.header().uuid),
+            (shards, chosen) => {
                 let mut hasher = blake3::Hasher::new();
                 for shard in shards {
                     hasher.update(&shard.header().uuid);
+                }
+                for &record in chosen.iter().flatten() {
+                    hasher.update(&(record as u64).to_le_bytes());
                 }
                 super::format::content_uuid(&hasher)
             }
@@ -142,11 +165,17 @@ impl Dataset {
 
     /// The shard that holds record `i`, and its number there.
     fn find(&self, i: usize) -> Result<(&Shard, usize)> {
+        let i = self.number(i)?;
+        let shard = self.starts.partition_point(|&start| start <= i) - 1;
+        Ok((&self.shards[shard], i - self.starts[shard]))
+    }
+
+    /// The number in the files of record `i`.
+    fn number(&self, i: usize) -> Result<usize> {
         if i >= self.len() {
             return Err(Error::shape("dataset", "record number", format!("below {}", self.len()), i));
         }
-        let shard = self.starts.partition_point(|&start| start <= i) - 1;
-        Ok((&self.shards[shard], i - self.starts[shard]))
+        Ok(self.chosen.as_ref().map_or(i, |chosen| chosen[i]))
     }
 }
 

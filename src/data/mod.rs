@@ -15,4 +15,5 @@ pub mod quiet;
 pub mod reader;
 mod resume;
 pub mod shard;
+pub mod views;
 pub mod writer;

@@ -1,20 +1,18 @@
-//! Pooled features of a dataset from a frozen backbone, and the kNN figure on them.
+//! Features of a dataset from a frozen network, and the kNN figure on them.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use rayon::prelude::*;
-
-use crate::data::augment::{AugmentConfig, Augmenter, ViewParams};
+use crate::data::augment::AugmentConfig;
 use crate::data::dataset::Dataset;
-use crate::data::reader::ImageReader;
+use crate::data::views::{View, make_views};
 use crate::error::{Error, Result};
 use crate::eval::knn::{Knn, KnnResult, Labelled};
-use crate::exec::{Device, Executor};
+use crate::exec::{Device, Executor, Options};
 use crate::graph::ValueId;
 use crate::graph::plan::Target;
 use crate::nn::ParamInfo;
-use crate::nn::simsiam::{FeatureGraph, SimSiam};
+use crate::nn::simsiam::{FeatureGraph, Layer, SimSiam};
 use crate::tensor::safetensors::NamedTensors;
 use crate::tensor::{DType, HostTensor};
 use crate::train::run::Probe;
@@ -24,22 +22,6 @@ use crate::train::state::{read_params, write_params};
 const BATCH: usize = 64;
 /// Forward passes that a device may have before it while the images of the next are made.
 const IN_FLIGHT: usize = 1;
-
-/// How an image becomes what the network sees.
-#[derive(Debug, Clone, Copy)]
-pub enum View<'a> {
-    /// Its resized centre.
-    Centre,
-    /// A random view, as an epoch of training has it: a function of seed, epoch and record.
-    Drawn {
-        /// The distribution; its views have the size that the network was prepared for.
-        augment: &'a AugmentConfig,
-        /// The seed of all draws.
-        seed: u64,
-        /// The epoch.
-        epoch: u32,
-    },
-}
 
 /// What a stream of features is handed to: the numbers of some records, and their features row by row.
 pub type Receiver<'a> = dyn FnMut(&[usize], &[f32]) -> Result<()> + 'a;
@@ -90,7 +72,7 @@ impl Features {
     }
 }
 
-/// A backbone in evaluation mode.
+/// A network up to one of its layers, in evaluation mode.
 #[derive(Debug)]
 pub struct FeatureExtractor {
     exec: Box<dyn Executor>,
@@ -107,21 +89,29 @@ impl FeatureExtractor {
     /// # Errors
     /// Settings that do not fit together; memory that the system refuses.
     pub fn new(model: &SimSiam, augment: &AugmentConfig, device: &Device, dtype: DType) -> Result<FeatureExtractor> {
-        let padded = device.target() == Target::Cuda;
-        let FeatureGraph { tape, images, features, params } =
-            model.record_features(BATCH, augment.image_size, dtype, padded)?;
-        let exec = device.executor(tape)?;
-        Ok(FeatureExtractor {
-            exec,
-            images,
-            features,
-            params,
-            augment: augment.clone(),
-            dim: model.backbone.feature_dim(),
-        })
+        FeatureExtractor::of_layer(model, Layer::Pooled, augment, device, (dtype, Options::default()))
     }
 
-    /// Loads the backbone's parameters from tensors under PyTorch names.
+    /// The same with the outputs of `layer` as features, on an executor that works as the options say.
+    ///
+    /// # Errors
+    /// As [`FeatureExtractor::new`].
+    pub fn of_layer(
+        model: &SimSiam,
+        layer: Layer,
+        augment: &AugmentConfig,
+        device: &Device,
+        (dtype, options): (DType, Options),
+    ) -> Result<FeatureExtractor> {
+        let padded = device.target() == Target::Cuda;
+        let FeatureGraph { tape, images, features, params } =
+            model.record_layer(layer, BATCH, augment.image_size, dtype, padded)?;
+        let dim = tape.desc(features).shape.channels();
+        let exec = device.executor_with(tape, options)?;
+        Ok(FeatureExtractor { exec, images, features, params, augment: augment.clone(), dim })
+    }
+
+    /// Loads the network's parameters from tensors under PyTorch names.
     ///
     /// # Errors
     /// [`Error::Shape`] for missing or ill-shaped tensors.
@@ -152,7 +142,7 @@ impl FeatureExtractor {
         Ok(hasher.finalize().to_hex().to_string())
     }
 
-    /// Pooled features of every record of `dataset`, which must be labelled.
+    /// Features of every record of `dataset`, which must be labelled.
     ///
     /// # Errors
     /// Damaged records; records without a label.
@@ -160,7 +150,7 @@ impl FeatureExtractor {
         collect(self, dataset)
     }
 
-    /// Hands the pooled features of the `records` of `dataset` to `receive`, in order and a few at a time. The images of a
+    /// Hands the features of the `records` of `dataset` to `receive`, in order and a few at a time. The images of a
     /// batch are made while a device is at work on the one before.
     ///
     /// # Errors
@@ -255,36 +245,6 @@ impl FeatureSource for Pixels {
             receive(&batch, views)?;
         }
     }
-}
-
-/// Makes the views of some records, on all threads; `augment` is for their centres.
-fn make_views(
-    augment: &AugmentConfig,
-    dataset: &Dataset,
-    records: &[usize],
-    view: View<'_>,
-    out: &mut [f32],
-) -> Result<()> {
-    let config = match view {
-        View::Centre => augment,
-        View::Drawn { augment, .. } => augment,
-    };
-    out.par_chunks_mut(augment.view_len()).zip(records).try_for_each_init(
-        || (Augmenter::new(config), ImageReader::default()),
-        |(augmenter, reader), (out, &record)| {
-            let augmenter = augmenter.as_mut().map_err(|e| Error::Mismatch(e.to_string()))?;
-            let (image, _) = reader.read(dataset, record)?;
-            match view {
-                View::Centre => augmenter.resize_center(&image, None, out),
-                View::Drawn { augment, seed, epoch } => {
-                    let (width, height) = image.original_size();
-                    let params = ViewParams::draw(augment, seed, epoch, record as u64, 0, width, height);
-                    augmenter.view(&image, &params, out);
-                }
-            }
-            Ok(())
-        },
-    )
 }
 
 /// The elements as float32, which holds those of 16 bits exactly.

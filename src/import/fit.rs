@@ -13,8 +13,8 @@ use crate::nn::heads::OutBias;
 use crate::nn::simsiam::SimSiam;
 use crate::tensor::safetensors::NamedTensors;
 use crate::tensor::{DType, HostTensor, Shape, TensorDesc};
+use crate::train::state::MOMENTUM;
 use crate::train::state::to_torch;
-use crate::train::trainer::MOMENTUM;
 
 /// What a batch norm counts its steps in.
 const COUNTER: &str = ".num_batches_tracked";

@@ -12,7 +12,7 @@ use crate::tensor::safetensors::{self, NamedTensors};
 use crate::tensor::{HostTensor, Shape};
 use crate::train::checkpoint::{self, Checkpoint, Checkpoints};
 use crate::train::run::CHECKPOINTS;
-use crate::train::trainer::MOMENTUM;
+use crate::train::state::MOMENTUM;
 
 /// Keys under which a `state_dict` lies in what training programs save.
 const WRAPPERS: [&str; 5] = ["state_dict", "model", "model_state_dict", "module", "network"];

@@ -1,6 +1,7 @@
 //! Networks: they record the forward pass on a tape and name every parameter as PyTorch's `state_dict` does. Know no device.
 
 pub mod builder;
+pub mod classifier;
 pub mod epilogues;
 pub mod heads;
 pub mod layout;

@@ -4,7 +4,7 @@ use clap::ValueEnum;
 
 use crate::error::{Error, Result};
 use crate::graph::ValueId;
-use crate::nn::builder::{Builder, Norm};
+use crate::nn::builder::{Builder, Mode, Norm};
 use crate::ops::conv2d::{Conv2d, stem::image_channels};
 use crate::ops::pool::GlobalAvgPool;
 use crate::tensor::DType;
@@ -138,14 +138,33 @@ impl ResNet {
     /// # Errors
     /// Images too small for the network.
     pub fn record(&self, b: &mut Builder<'_>, prefix: &str, images: ValueId) -> Result<ValueId> {
+        self.record_frozen(b, prefix, images, 0)
+    }
+
+    /// The parts that can be frozen, from the images on: the stem, which goes by its first convolution's name, and the stages.
+    pub fn layers(&self) -> Vec<String> {
+        let stages = (1..=self.depths.len()).map(|stage| format!("layer{stage}"));
+        ["conv1".to_string()].into_iter().chain(stages).collect()
+    }
+
+    /// As [`ResNet::record`]; the first `frozen` of [`ResNet::layers`] are constants, with batch norm in evaluation mode.
+    ///
+    /// # Errors
+    /// As [`ResNet::record`].
+    pub fn record_frozen(&self, b: &mut Builder<'_>, prefix: &str, images: ValueId, frozen: usize) -> Result<ValueId> {
+        let mode = b.mode;
+        let mode_of = |layer: usize| if layer < frozen { Mode::Eval } else { mode };
+        b.mode = mode_of(0);
         let mut x = self.stem(b, prefix, images)?;
         for (stage, &depth) in self.depths.iter().enumerate() {
+            b.mode = mode_of(stage + 1);
             for i in 0..depth {
                 let name = format!("{prefix}layer{}.{i}", stage + 1);
                 let stride = if stage > 0 && i == 0 { 2 } else { 1 };
                 x = self.block(b, &name, x, self.width << stage, stride)?;
             }
         }
+        b.mode = mode;
         b.tape.scoped(&format!("{prefix}avgpool"), |tape| tape.record_one(GlobalAvgPool, &[x]))
     }
 

@@ -119,6 +119,16 @@ pub struct TrainGraph {
     pub loss_scale: Option<ValueId>,
 }
 
+/// A place in the network whose outputs serve as features.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Layer {
+    /// The backbone's pooled feature: what other tasks use.
+    #[default]
+    Pooled,
+    /// The projector's output z.
+    Projector,
+}
+
 /// A recorded forward pass in evaluation mode.
 #[derive(Debug)]
 pub struct FeatureGraph {
@@ -126,9 +136,9 @@ pub struct FeatureGraph {
     pub tape: Tape,
     /// Input: images `[n][h][w][3]`, normalised.
     pub images: ValueId,
-    /// Output: pooled features `[n][feature_dim]`.
+    /// Output: features `[n][dim]` of the layer that was asked for.
     pub features: ValueId,
-    /// Parameters and buffers of the backbone under PyTorch names.
+    /// Parameters and buffers up to there under PyTorch names.
     pub params: Vec<ParamInfo>,
 }
 
@@ -187,16 +197,10 @@ impl SimSiam {
             ));
         }
         let mut tape = Tape::new();
-        let (views, stored) = record_views(&mut tape, shape)?;
+        let (views, stored) = record_views(&mut tape, shape, 2 * shape.batch)?;
         let step_params = tape.leaf("step_params", StepParam::desc(), Role::Input, false);
         let scaler = scaling.map(|scaling| Scaler::record(&mut tape, scaling, dtype));
-        let d_loss = match &scaler {
-            Some(scaler) => scaler.scale(),
-            None => {
-                let seed = Constant { value: 1.0, dtype: gradient_dtype(dtype) };
-                tape.scoped("d_loss", |tape| tape.record_one(seed, &[]))?
-            }
-        };
+        let d_loss = record_seed(&mut tape, scaler.as_ref(), dtype)?;
         let mut b = Builder::new(&mut tape, Mode::Train { groups: 2 }, dtype);
         b.epilogues = shape.epilogues.clone();
         let (p, z) = self.record_pair(&mut b, shape, views)?;
@@ -217,7 +221,7 @@ impl SimSiam {
     /// Predictions p and the projections z of both views.
     fn record_pair(&self, b: &mut Builder<'_>, shape: &StepShape, views: ValueId) -> Result<(ValueId, ValueId)> {
         let images = match shape.source {
-            ViewSource::Given { padded: true } => self.pad(b, views)?,
+            ViewSource::Given { padded: true } => pad(b, &self.backbone, views)?,
             _ => views,
         };
         let features = self.backbone.record(b, "encoder.", images)?;
@@ -265,13 +269,31 @@ impl SimSiam {
     /// # Errors
     /// Settings that do not fit together.
     pub fn record_features(&self, batch: usize, image_size: usize, dtype: DType, padded: bool) -> Result<FeatureGraph> {
+        self.record_layer(Layer::Pooled, batch, image_size, dtype, padded)
+    }
+
+    /// The same with the outputs of `layer` as features.
+    ///
+    /// # Errors
+    /// Settings that do not fit together.
+    pub fn record_layer(
+        &self,
+        layer: Layer,
+        batch: usize,
+        image_size: usize,
+        dtype: DType,
+        padded: bool,
+    ) -> Result<FeatureGraph> {
         self.validate()?;
         let mut tape = Tape::new();
         let images = TensorDesc::new([batch, image_size, image_size, 3], dtype);
         let images = tape.leaf("images", images, Role::Input, false);
         let mut b = Builder::new(&mut tape, Mode::Eval, dtype);
-        let seen = if padded { self.pad(&mut b, images)? } else { images };
-        let features = self.backbone.record(&mut b, "encoder.", seen)?;
+        let seen = if padded { pad(&mut b, &self.backbone, images)? } else { images };
+        let mut features = self.backbone.record(&mut b, "encoder.", seen)?;
+        if layer == Layer::Projector {
+            features = self.heads.projector(&mut b, "encoder.fc.", features)?;
+        }
         let params = b.params;
         tape.keep(features);
         Ok(FeatureGraph { tape, images, features, params })
@@ -299,17 +321,21 @@ impl SimSiam {
         outputs.iter().for_each(|(_, value)| _ = tape.keep(*value));
         Ok(EvalGraph { tape, images, outputs, params })
     }
-
-    /// Images in [`ResNet::padded_channels`].
-    fn pad(&self, b: &mut Builder<'_>, images: ValueId) -> Result<ValueId> {
-        let channels = self.backbone.padded_channels(b.dtype());
-        b.tape.scoped("pad", |tape| tape.record_one(PadChannels { channels }, &[images]))
-    }
 }
 
-/// The views, and the inputs that they are made of.
-fn record_views(tape: &mut Tape, shape: &StepShape) -> Result<(ValueId, Option<StoredInputs>)> {
-    let (views, size) = (2 * shape.batch, shape.image_size);
+/// Images in the [`ResNet::padded_channels`] of `backbone`.
+pub(super) fn pad(b: &mut Builder<'_>, backbone: &ResNet, images: ValueId) -> Result<ValueId> {
+    let channels = backbone.padded_channels(b.dtype());
+    b.tape.scoped("pad", |tape| tape.record_one(PadChannels { channels }, &[images]))
+}
+
+/// A number of views, and the inputs that they are made of.
+pub(super) fn record_views(
+    tape: &mut Tape,
+    shape: &StepShape,
+    views: usize,
+) -> Result<(ValueId, Option<StoredInputs>)> {
+    let size = shape.image_size;
     let ViewSource::Stored { augmentation, pixel_bytes } = &shape.source else {
         let desc = TensorDesc::new([views, size, size, 3], shape.dtype);
         return Ok((tape.leaf("views", desc, Role::Input, false), None));
@@ -322,16 +348,27 @@ fn record_views(tape: &mut Tape, shape: &StepShape) -> Result<(ValueId, Option<S
     Ok((views, Some(StoredInputs { pixels, descriptors })))
 }
 
+/// The gradient of the loss: 1, or its scale.
+pub(super) fn record_seed(tape: &mut Tape, scaler: Option<&Scaler>, dtype: DType) -> Result<ValueId> {
+    match scaler {
+        Some(scaler) => Ok(scaler.scale()),
+        None => {
+            let seed = Constant { value: 1.0, dtype: gradient_dtype(dtype) };
+            tape.scoped("d_loss", |tape| tape.record_one(seed, &[]))
+        }
+    }
+}
+
 /// The state of a loss scaling on the tape.
 #[derive(Debug)]
-struct Scaler {
+pub(super) struct Scaler {
     scaling: LossScaling,
     /// The scale, and good steps since it changed.
-    state: [ParamInfo; 2],
+    pub(super) state: [ParamInfo; 2],
 }
 
 impl Scaler {
-    fn record(tape: &mut Tape, scaling: LossScaling, dtype: DType) -> Scaler {
+    pub(super) fn record(tape: &mut Tape, scaling: LossScaling, dtype: DType) -> Scaler {
         let mut leaf = |name: &str, dtype, start| {
             let desc = TensorDesc::new([], dtype);
             let value = tape.leaf(name, desc.clone(), Role::State, false);
@@ -342,7 +379,7 @@ impl Scaler {
         Scaler { scaling, state: [scale, leaf(&format!("{LOSS_SCALE}.good_steps"), DType::I64, 0.0)] }
     }
 
-    fn scale(&self) -> ValueId {
+    pub(super) fn scale(&self) -> ValueId {
         self.state[0].value
     }
 
@@ -356,10 +393,10 @@ impl Scaler {
 }
 
 /// Named values of a graph.
-type Named = Vec<(String, ValueId)>;
+pub(super) type Named = Vec<(String, ValueId)>;
 
 /// Appends the backward pass and the optimiser; returns momenta and gradients of the trainable parameters.
-fn record_update(
+pub(super) fn record_update(
     tape: &mut Tape,
     (loss, d_loss): (ValueId, ValueId),
     step_params: ValueId,

@@ -3,7 +3,9 @@
 pub mod bars;
 mod canvas;
 pub mod confusion;
+pub mod gallery;
 mod scale;
+pub mod scatter;
 
 use std::path::Path;
 
@@ -105,6 +107,21 @@ fn render(title: &str, x_label: &str, panels: &[Panel]) -> Result<RgbImage> {
         }
         Ok(())
     })
+}
+
+/// As much of the beginning of `text` as fits into `width`, with an ellipsis where something is left out.
+fn shortened(text: &str, font: Font, width: f64) -> Result<String> {
+    if text_width(text, font)? <= width {
+        return Ok(text.to_string());
+    }
+    let mut kept: Vec<char> = text.chars().collect();
+    loop {
+        kept.pop();
+        let short = kept.iter().collect::<String>().trim_end().to_string() + "\u{2026}";
+        if kept.is_empty() || text_width(&short, font)? <= width {
+            return Ok(short);
+        }
+    }
 }
 
 /// The names of all series, each once, in order of appearance: a name's place decides its colour.

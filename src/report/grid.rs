@@ -41,7 +41,7 @@ pub fn write_png(path: &Path, image: &RgbImage) -> Result<()> {
 }
 
 /// Scales to fit a square of `cell` pixels: small images by whole factors (pixels stay crisp), large ones smoothly.
-fn fit(tile: &RgbImage, cell: u32) -> RgbImage {
+pub(super) fn fit(tile: &RgbImage, cell: u32) -> RgbImage {
     let longest = tile.width().max(tile.height()).max(1);
     if longest <= cell {
         let factor = cell / longest;

@@ -35,29 +35,33 @@ pub fn write(path: &Path, tensors: &NamedTensors, metadata: &BTreeMap<String, St
 pub fn write_to(out: &mut dyn Write, tensors: &NamedTensors, metadata: &BTreeMap<String, String>) -> io::Result<()> {
     let mut ordered: Vec<(&String, &HostTensor)> = tensors.iter().collect();
     ordered.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.desc().dtype.size())); // stable: names stay in order
-    let header = header(&ordered, metadata)?;
-    out.write_all(&(header.len() as u64).to_le_bytes())?;
-    out.write_all(&header)?;
+    let described: Vec<(&str, &TensorDesc)> = ordered.iter().map(|(name, t)| (name.as_str(), t.desc())).collect();
+    out.write_all(&header(&described, metadata)?)?;
     ordered.iter().try_for_each(|(_, tensor)| out.write_all(tensor.bytes()))
 }
 
-fn header(ordered: &[(&String, &HostTensor)], metadata: &BTreeMap<String, String>) -> serde_json::Result<Vec<u8>> {
+/// What a file begins with whose data are these tensors, in this order: for writers that have the data later. Tensors of
+/// wider element types come first, so that all are aligned.
+///
+/// # Errors
+/// None in practice: any name can be written as JSON.
+pub fn header(ordered: &[(&str, &TensorDesc)], metadata: &BTreeMap<String, String>) -> serde_json::Result<Vec<u8>> {
     let mut map = serde_json::Map::new();
     map.insert("__metadata__".into(), serde_json::to_value(metadata)?);
     let mut offset = 0;
-    for (name, tensor) in ordered {
-        let end = offset + tensor.bytes().len();
+    for (name, desc) in ordered {
+        let end = offset + desc.bytes();
         let info = TensorInfo {
-            dtype: stored_dtype(tensor.desc().dtype),
-            shape: tensor.desc().shape.dims().to_vec(),
+            dtype: stored_dtype(desc.dtype),
+            shape: desc.shape.dims().to_vec(),
             data_offsets: (offset, end),
         };
         map.insert(name.to_string(), serde_json::to_value(info)?);
         offset = end;
     }
-    let mut header = serde_json::to_vec(&map)?;
-    header.resize(header.len().next_multiple_of(LENGTH_BYTES as usize), b' ');
-    Ok(header)
+    let mut text = serde_json::to_vec(&map)?;
+    text.resize(text.len().next_multiple_of(LENGTH_BYTES as usize), b' ');
+    Ok([&(text.len() as u64).to_le_bytes(), &text[..]].concat())
 }
 
 /// Reads every tensor and the string metadata of `path`.

@@ -3,11 +3,14 @@
 pub mod checkpoint;
 pub mod config;
 pub mod epilogues;
+pub mod finetune;
 pub mod metrics;
 pub mod monitor;
 pub mod progress;
 pub mod run;
 pub mod schedule;
 pub mod state;
+pub mod subset;
+pub mod supervised;
 pub mod trained;
 pub mod trainer;

@@ -111,7 +111,8 @@ impl RunFolder {
         Ok((RunFolder::lock(path)?, RunConfig::read(path)?))
     }
 
-    fn lock(path: &Path) -> Result<RunFolder> {
+    /// Holds the directory at `path`, which exists.
+    pub(super) fn lock(path: &Path) -> Result<RunFolder> {
         let lock_path = path.join(".lock");
         let lock = File::create(&lock_path).map_err(Error::io("create", &lock_path))?;
         match lock.try_lock() {

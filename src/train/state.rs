@@ -2,10 +2,16 @@
 
 use crate::error::{Error, Result};
 use crate::exec::Executor;
+use crate::graph::ValueId;
 use crate::nn::ParamInfo;
 use crate::nn::layout::{krsc_to_oihw, oihw_to_krsc};
+use crate::nn::simsiam::LOSS_SCALE;
 use crate::tensor::safetensors::NamedTensors;
 use crate::tensor::{HostTensor, TensorDesc};
+use crate::train::checkpoint::Checkpoint;
+
+/// Prefix of the momentum buffers among a checkpoint's tensors.
+pub const MOMENTUM: &str = "momentum/";
 
 /// Every parameter and buffer of `params`, under `<prefix><name>`, in PyTorch's layout.
 ///
@@ -39,6 +45,38 @@ pub fn write_params(
             return Err(Error::shape("load", &p.name, expected, tensor.desc()));
         }
         exec.write(p.value, to_engine(tensor)?.bytes())?;
+    }
+    Ok(())
+}
+
+/// Every momentum buffer as a tensor of a checkpoint.
+///
+/// # Errors
+/// Faults of the executor.
+pub fn read_momenta(exec: &dyn Executor, momenta: &[(String, ValueId)]) -> Result<NamedTensors> {
+    momenta.iter().map(|(name, value)| Ok((format!("{MOMENTUM}{name}"), to_torch(exec.read(*value)?)?))).collect()
+}
+
+/// Writes what a checkpoint holds into an executor. It may come from another device and element type: the scale of the
+/// loss, which only float16 has, starts anew then.
+///
+/// # Errors
+/// [`Error::Format`] about missing or ill-shaped tensors.
+pub fn restore<S>(
+    exec: &mut dyn Executor,
+    params: &[ParamInfo],
+    momenta: &[(String, ValueId)],
+    checkpoint: &mut Checkpoint<S>,
+) -> Result<()> {
+    let kept = |p: &&ParamInfo| !p.name.starts_with(LOSS_SCALE) || checkpoint.has(&p.name);
+    let there: Vec<ParamInfo> = params.iter().filter(kept).cloned().collect();
+    write_params(exec, &there, |name, desc| checkpoint.take(name, desc))?;
+    checkpoint.forget(LOSS_SCALE);
+    for (name, value) in momenta {
+        let Some(param) = params.iter().find(|p| p.name == *name) else { continue };
+        let desc = TensorDesc { shape: param.torch_shape(), dtype: param.desc.dtype };
+        let tensor = to_engine(checkpoint.take(&format!("{MOMENTUM}{name}"), &desc)?)?;
+        exec.write(*value, tensor.bytes())?;
     }
     Ok(())
 }

@@ -1,24 +1,23 @@
 //! A model in training: the recorded step on an executor, its learning rates and its parameters.
 
+use crate::data::augment::AugmentConfig;
 use crate::data::dataset::Dataset;
 use crate::data::loader::{Batch, Output, Room, steps_per_epoch};
 use crate::error::{Error, Result};
 use crate::exec::{Device, Executor};
 use crate::graph::{Phase, Plan, ValueId};
 use crate::nn::ParamInfo;
-use crate::nn::simsiam::{LOSS_SCALE, StepShape, StoredInputs, TrainGraph, ViewSource};
+use crate::nn::resnet::ResNet;
+use crate::nn::simsiam::{StepShape, StoredInputs, TrainGraph, ViewSource};
 use crate::ops::augment::{Augmentation, ViewDescriptor};
 use crate::ops::sgd::StepParam;
-use crate::tensor::TensorDesc;
+use crate::tensor::DType;
 use crate::tensor::safetensors::NamedTensors;
 use crate::train::checkpoint::Checkpoint;
 use crate::train::config::RunConfig;
 use crate::train::monitor::effective_rank;
 use crate::train::schedule::Schedule;
-use crate::train::state::{read_params, to_engine, to_torch, write_initial, write_params};
-
-/// Prefix of the momentum buffers among a checkpoint's tensors.
-pub const MOMENTUM: &str = "momentum/";
+use crate::train::state::{read_momenta, read_params, restore, write_initial};
 
 /// What a step found.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -74,20 +73,55 @@ pub struct Trainer {
 
 /// How the images of a batch reach the executor.
 #[derive(Debug)]
-enum Source {
+pub(super) enum Source {
     /// As views that the loader made.
     Views(ValueId),
     /// As they are stored, with descriptors of what the device makes of them.
     Stored { inputs: StoredInputs, augmentation: Augmentation, descriptors: Vec<ViewDescriptor> },
 }
 
+/// Where the views of `batch` images of `dataset` come from on a device, for a network with this backbone.
+pub(super) fn view_source(
+    device: &Device,
+    (augment, backbone): (&AugmentConfig, &ResNet),
+    dtype: DType,
+    dataset: &Dataset,
+    batch: usize,
+) -> Result<ViewSource> {
+    Ok(match device {
+        Device::Cpu(_) => ViewSource::Given { padded: false },
+        Device::Cuda(_) => {
+            let Room { pixel_bytes, longest_side } = Room::of(dataset, batch)?;
+            let augmentation = Augmentation::new(augment, dtype, backbone.padded_channels(dtype), longest_side)?;
+            ViewSource::Stored { augmentation, pixel_bytes }
+        }
+    })
+}
+
 impl Source {
-    fn of(graph: &TrainGraph, source: ViewSource) -> Source {
-        match (graph.stored, source) {
+    /// That of a graph with these views and inputs, recorded for `source`.
+    pub(super) fn of(views: ValueId, stored: Option<StoredInputs>, source: ViewSource) -> Source {
+        match (stored, source) {
             (Some(inputs), ViewSource::Stored { augmentation, .. }) => {
                 Source::Stored { inputs, augmentation, descriptors: Vec::new() }
             }
-            _ => Source::Views(graph.views),
+            _ => Source::Views(views),
+        }
+    }
+
+    /// Gives the executor the images of a batch; of those that are stored both views are described, or the first alone.
+    pub(super) fn stage(&mut self, exec: &mut dyn Executor, batch: &Batch, both: bool) -> Result<()> {
+        match self {
+            Source::Views(views) => exec.stage(*views, bytemuck::cast_slice(batch.views())),
+            Source::Stored { inputs, augmentation, descriptors } => {
+                let (images, params, bytes) = (batch.images(), batch.params(), batch.pixels().len());
+                match both {
+                    true => augmentation.describe(images, params, bytes, descriptors)?,
+                    false => augmentation.describe_first(images, params, bytes, descriptors)?,
+                }
+                exec.stage(inputs.pixels, batch.pixels())?;
+                exec.stage(inputs.descriptors, bytemuck::cast_slice(descriptors))
+            }
         }
     }
 }
@@ -95,19 +129,11 @@ impl Source {
 /// The step that `config` asks for with `batch` images of `dataset`.
 fn record(config: &RunConfig, device: &Device, dataset: &Dataset, batch: usize) -> Result<(TrainGraph, Source)> {
     let (dtype, image_size) = (config.machine.dtype.dtype(), config.augment.image_size);
-    let source = match device {
-        Device::Cpu(_) => ViewSource::Given { padded: false },
-        Device::Cuda(_) => {
-            let Room { pixel_bytes, longest_side } = Room::of(dataset, batch)?;
-            let channels = config.model.backbone.padded_channels(dtype);
-            let augmentation = Augmentation::new(&config.augment, dtype, channels, longest_side)?;
-            ViewSource::Stored { augmentation, pixel_bytes }
-        }
-    };
+    let source = view_source(device, (&config.augment, &config.model.backbone), dtype, dataset, batch)?;
     let epilogues = config.machine.epilogues.resolve(device, dtype);
     let shape = StepShape { epilogues, ..StepShape::new(batch, image_size, dtype, source.clone()) };
     let graph = config.model.record_step(&shape)?;
-    let source = Source::of(&graph, source);
+    let source = Source::of(graph.views, graph.stored, source);
     Ok((graph, source))
 }
 
@@ -230,14 +256,7 @@ impl Trainer {
     /// # Errors
     /// Images that cannot be augmented; faults of the executor.
     pub fn start_step(&mut self, batch: &Batch) -> Result<()> {
-        match &mut self.source {
-            Source::Views(views) => self.exec.stage(*views, bytemuck::cast_slice(batch.views()))?,
-            Source::Stored { inputs, augmentation, descriptors } => {
-                augmentation.describe(batch.images(), batch.params(), batch.pixels().len(), descriptors)?;
-                self.exec.stage(inputs.pixels, batch.pixels())?;
-                self.exec.stage(inputs.descriptors, bytemuck::cast_slice(descriptors))?;
-            }
-        }
+        self.source.stage(&mut *self.exec, batch, true)?;
         self.exec.stage(self.step_params, bytemuck::cast_slice(&self.step_parameters()))?;
         match self.check {
             true => self.bad_node = self.exec.check_step(self.checked)?,
@@ -302,9 +321,7 @@ impl Trainer {
     /// Faults of the executor.
     pub fn tensors(&self) -> Result<NamedTensors> {
         let mut tensors = self.parameters()?;
-        for (name, value) in &self.momenta {
-            tensors.insert(format!("{MOMENTUM}{name}"), to_torch(self.exec.read(*value)?)?);
-        }
+        tensors.extend(read_momenta(&*self.exec, &self.momenta)?);
         Ok(tensors)
     }
 
@@ -314,16 +331,7 @@ impl Trainer {
     /// # Errors
     /// [`Error::Format`] about missing or ill-shaped tensors.
     pub fn restore<S>(&mut self, step: u64, checkpoint: &mut Checkpoint<S>) -> Result<()> {
-        let kept = |p: &&ParamInfo| !p.name.starts_with(LOSS_SCALE) || checkpoint.has(&p.name);
-        let params: Vec<ParamInfo> = self.params.iter().filter(kept).cloned().collect();
-        write_params(&mut *self.exec, &params, |name, desc| checkpoint.take(name, desc))?;
-        checkpoint.forget(LOSS_SCALE);
-        for (name, value) in &self.momenta {
-            let Some(param) = self.params.iter().find(|p| p.name == *name) else { continue };
-            let desc = TensorDesc { shape: param.torch_shape(), dtype: param.desc.dtype };
-            let tensor = to_engine(checkpoint.take(&format!("{MOMENTUM}{name}"), &desc)?)?;
-            self.exec.write(*value, tensor.bytes())?;
-        }
+        restore(&mut *self.exec, &self.params, &self.momenta, checkpoint)?;
         (self.step, self.started) = (step, step);
         Ok(())
     }

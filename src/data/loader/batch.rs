@@ -54,7 +54,7 @@ impl Slot {
     pub fn allocate(config: &LoaderConfig) -> Result<Slot> {
         let images = config.local_batch();
         let mut slot = Slot { labels: vec![None; images], sample_ids: vec![0; images], ..Slot::default() };
-        if config.output == Output::Views {
+        if config.output != Output::Records {
             grow(&mut slot.views, config.views_len(), images)?;
         }
         Ok(slot)
@@ -102,13 +102,13 @@ pub struct Batch {
 
 impl Batch {
     /// `[2 x batch][size][size][3]`: the first view of every image, then the second of every image, in the same order.
-    /// Empty under [`Output::Records`].
+    /// Under [`Output::FirstViews`] the first half of that, empty under [`Output::Records`].
     pub fn views(&self) -> &[f32] {
         &self.slot.views
     }
 
     /// The stored pixels of every image, without gaps: `[batch][height][width][channels]` when all have the same size,
-    /// else as [`Batch::images`] says. Empty under [`Output::Views`].
+    /// else as [`Batch::images`] says. Empty but under [`Output::Records`].
     pub fn pixels(&self) -> &[u8] {
         &self.slot.pixels
     }

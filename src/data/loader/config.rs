@@ -15,6 +15,8 @@ use crate::error::{Error, Result};
 pub enum Output {
     /// Finished views, normalised.
     Views,
+    /// The same of the first view of every image, and no second.
+    FirstViews,
     /// The stored pixels and what was drawn for both views, for an augmentation that runs elsewhere.
     Records,
 }
@@ -50,9 +52,14 @@ impl LoaderConfig {
         self.batch / self.world_size
     }
 
-    /// Number of values in both views of this rank's images.
+    /// Number of values in the views of this rank's images.
     pub(super) fn views_len(&self) -> usize {
-        2 * self.local_batch() * self.augment.view_len()
+        let views = match self.output {
+            Output::Views => 2,
+            Output::FirstViews => 1,
+            Output::Records => 0,
+        };
+        views * self.local_batch() * self.augment.view_len()
     }
 
     /// The places in the epoch's order of the images that this rank makes at step `step`.

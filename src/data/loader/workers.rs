@@ -50,7 +50,7 @@ struct Task<'a> {
 
 /// Where an image goes.
 enum Out<'a> {
-    Views([&'a mut [f32]; 2]),
+    Views([Option<&'a mut [f32]>; 2]),
     Pixels(&'a mut [u8]),
 }
 
@@ -67,7 +67,7 @@ impl Workers {
             .build()
             .map_err(super::no_thread)?;
         let tools = || {
-            let augmenter = (config.output == Output::Views).then(|| Augmenter::new(&config.augment)).transpose()?;
+            let augmenter = (config.output != Output::Records).then(|| Augmenter::new(&config.augment)).transpose()?;
             Ok(Mutex::new(Tools { bytes: Vec::new(), decoder: Decoder::default(), augmenter }))
         };
         let tools = (0..config.workers).map(|_| tools()).collect::<Result<_>>()?;
@@ -113,14 +113,14 @@ impl Workers {
         }
         let len = self.config.augment.view_len();
         let Slot { views, pixels, images, params, sample_ids, .. } = slot;
-        let half = views.len() / 2;
-        let (views_1, views_2) = views.split_at_mut(half);
+        let first_views = (images.len() * len).min(views.len());
+        let (views_1, views_2) = views.split_at_mut(first_views);
         let (mut views_1, mut views_2) = (views_1.chunks_exact_mut(len), views_2.chunks_exact_mut(len));
         let mut pixels = &mut pixels[..];
         // Of views and pixels one is empty.
         let mut out = |image: &StoredImage| match (views_1.next(), views_2.next()) {
-            (Some(view_1), Some(view_2)) => Out::Views([view_1, view_2]),
-            _ => {
+            (Some(view_1), view_2) => Out::Views([Some(view_1), view_2]),
+            (None, _) => {
                 let (own, rest) = std::mem::take(&mut pixels).split_at_mut(image.len());
                 pixels = rest;
                 Out::Pixels(own)
@@ -161,7 +161,8 @@ impl Workers {
         match (out, &mut tools.augmenter) {
             (Out::Pixels(out), _) => out.copy_from_slice(image.pixels()),
             (Out::Views(views), Some(augmenter)) => {
-                views.into_iter().zip(params).for_each(|(view, params)| augmenter.view(&image, params, view));
+                let views = views.into_iter().flatten().zip(params);
+                views.for_each(|(view, params)| augmenter.view(&image, params, view));
             }
             (Out::Views(_), None) => unreachable!("views are made by an augmenter"),
         }

@@ -89,12 +89,37 @@ impl Augmentation {
         pixel_bytes: usize,
         views: &mut Vec<ViewDescriptor>,
     ) -> Result<()> {
+        self.describe_some(2, images, params, pixel_bytes, views)
+    }
+
+    /// Describes the first view of every image alone.
+    ///
+    /// # Errors
+    /// As [`Augmentation::describe`].
+    pub fn describe_first(
+        &self,
+        images: &[StoredImage],
+        params: &[[ViewParams; 2]],
+        pixel_bytes: usize,
+        views: &mut Vec<ViewDescriptor>,
+    ) -> Result<()> {
+        self.describe_some(1, images, params, pixel_bytes, views)
+    }
+
+    fn describe_some(
+        &self,
+        count: usize,
+        images: &[StoredImage],
+        params: &[[ViewParams; 2]],
+        pixel_bytes: usize,
+        views: &mut Vec<ViewDescriptor>,
+    ) -> Result<()> {
         if params.len() != images.len() {
             return Err(Error::shape("augment", "drawn pairs of views", images.len(), params.len()));
         }
         views.clear();
         let mut half = Vec::new();
-        for (view, pairs) in repeat_n(params, 2).enumerate() {
+        for (view, pairs) in repeat_n(params, count).enumerate() {
             for (image, pair) in images.iter().zip(pairs) {
                 let params = &pair[view];
                 let original = self.check_image(image, pixel_bytes)?;
