@@ -138,7 +138,7 @@ fn stands_alone(before: &[f64], row: &mut [f64]) -> bool {
             row.iter_mut().zip(other).for_each(|(a, b)| *a -= along * b);
         }
         let left = norm(row);
-        if !(left > 1e-13 * length) {
+        if left.is_nan() || left <= 1e-13 * length {
             return false;
         }
         row.iter_mut().for_each(|v| *v /= left);
