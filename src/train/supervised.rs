@@ -9,7 +9,7 @@ use crate::data::views::{View, make_views};
 use crate::error::{Error, Result};
 use crate::exec::{Device, Executor, Options};
 use crate::graph::plan::Target;
-use crate::graph::{Phase, ValueId};
+use crate::graph::{Phase, Tape, ValueId};
 use crate::nn::ParamInfo;
 use crate::nn::classifier::{Classifier, ClassifierGraph, HEAD, LogitGraph};
 use crate::nn::simsiam::{LOSS_SCALE, StepShape};
@@ -75,7 +75,7 @@ pub struct Place<'a> {
 }
 
 impl Place<'_> {
-    fn executor(&self, tape: crate::graph::Tape) -> Result<Box<dyn Executor>> {
+    fn executor(&self, tape: Tape) -> Result<Box<dyn Executor>> {
         self.device.executor_with(tape, self.options).map_err(|error| match error {
             Error::OutOfMemory { .. } => error.with_hint("use a smaller --batch, or --dtype bf16"),
             other => other,
