@@ -256,6 +256,6 @@ mod tests {
     fn memory_bounds_the_queries_of_a_pass() {
         let of = |memory| SearchShape::within(memory, 50_000, 2048, 200).queries;
         assert_eq!((of(0), of(usize::MAX)), (1, 50_000));
-        assert_eq!(of(1 << 30), (1 << 30) / (2 * 2048 * 4 + 200 * 8 + 64 * 4));
+        assert_eq!(of(1 << 28), (1 << 28) / (2 * 2048 * 4 + 200 * 8 + 64 * 4));
     }
 }
