@@ -232,7 +232,7 @@ __device__ __forceinline__ void backward(const T* __restrict__ d_y, const uint8_
         });                                                                                                                 \
     }                                                                                                                       \
     EXPORT(batch_norm_max_pool_##S)                                                                                         \
-    KERNEL(TILE_THREADS)                                                                                                   \
+    KERNEL_RESIDENT(TILE_THREADS, 1)                                                                                        \
     batch_norm_max_pool_reduce_##S(const T* d_y, const uint8_t* taken, const T* x, const float* mean, Partial* partials,    \
                                    StemPooling p, RowTiles tiles) {                                                         \
         with_width<T>(tiles.channels, [&](auto n) {                                                                         \
@@ -240,7 +240,7 @@ __device__ __forceinline__ void backward(const T* __restrict__ d_y, const uint8_
         });                                                                                                                 \
     }                                                                                                                       \
     EXPORT(batch_norm_max_pool_reduce_##S)                                                                                  \
-    KERNEL(TILE_THREADS)                                                                                                   \
+    KERNEL_RESIDENT(TILE_THREADS, 1)                                                                                        \
     batch_norm_max_pool_backward_##S(const T* d_y, const uint8_t* taken, const T* x, const float* mean,                     \
                                      const float* coefficients, int64_t all, T* d_x, int32_t accumulate, StemPooling p,     \
                                      RowTiles tiles) {                                                                      \
