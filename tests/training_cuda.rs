@@ -164,17 +164,17 @@ fn what_is_fused_changes_how_and_not_what() {
 }
 
 #[test]
-fn the_default_fuses_nothing_without_a_gpu_and_old_runs_go_on() {
+fn neither_the_default_nor_auto_fuses_without_a_gpu_and_old_runs_go_on() {
     let bench = Bench::new();
     let expected = bench.finish("default", "--device cuda-emulated --dtype fp16");
-    let none = "--fuse-statistics none --residual-gradient accumulate";
-    assert_eq!(bench.finish("none", &format!("--device cuda-emulated --dtype fp16 {none}")), expected);
+    let auto = "--fuse-statistics auto --residual-gradient accumulate";
+    assert_eq!(bench.finish("auto", &format!("--device cuda-emulated --dtype fp16 {auto}")), expected);
     // A run of a version that knew of no choice.
     bench.kill_after("old", "--device cuda-emulated --dtype fp16", 4);
     let path = bench.run_path("old/config.toml");
     let config = std::fs::read_to_string(&path).unwrap();
     let (before, after) = config.split_once("[machine.epilogues]\n").unwrap();
-    assert!(after.starts_with("fuse_statistics = \"auto\"\n"), "{config}");
+    assert!(after.starts_with("fuse_statistics = \"none\"\n"), "{config}");
     let rest = after.find("\n[").map_or("", |at| &after[at..]);
     std::fs::write(&path, format!("{before}{rest}")).unwrap();
     assert_eq!(bench.finish("old", ""), expected);
