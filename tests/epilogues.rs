@@ -222,7 +222,7 @@ fn model(stem: Stem) -> SimSiam {
 
 fn epilogues(statistics: &str, residual_gradient: &str) -> Epilogues {
     let (statistics, residual_gradient) = (statistics.parse().unwrap(), residual_gradient.parse().unwrap());
-    Epilogues { statistics, residual_gradient, pooling: false }
+    Epilogues { statistics, residual_gradient, ..Epilogues::default() }
 }
 
 fn record(epilogues: Epilogues, dtype: DType) -> Result<TrainGraph> {

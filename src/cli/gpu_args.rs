@@ -1,7 +1,7 @@
-//! How a step is run on a GPU.
+//! How a step is run: most of it is for GPUs.
 
 use crate::nn::epilogues::ResidualGradient;
-use crate::train::epilogues::{EpilogueChoice, FuseStatistics};
+use crate::train::epilogues::{EpilogueChoice, FuseStatistics, NormChoice};
 
 #[derive(Debug, Clone, clap::Args)]
 pub struct GpuArgs {
@@ -14,6 +14,12 @@ pub struct GpuArgs {
     /// On a GPU: mark steps, phases and layers for Nsight, which has to have started the program (tools/profile.sh).
     #[arg(long)]
     pub nvtx: bool,
+    /// How batch norm behind 1x1 convolutions to more channels is computed: standard, gram (from the covariance of their
+    /// inputs, without ever forming their results: fewer bytes and half the saved activations, a few per cent more operations),
+    /// gram:LAYERS (in these alone, as for --fuse-statistics) or auto (what was measured to be faster: so far standard)
+    /// [default: standard; with --resume, as before].
+    #[arg(long, value_name = "HOW")]
+    pub bn: Option<NormChoice>,
     /// Convolutions that compute the statistics for the batch norm after them: auto (in fp16 on GPUs with compute capability
     /// 8.0 or 9.0, whose cuDNN does it fast), all, none, or names with commas between them and what they begin with, such as
     /// encoder.layer1,encoder.conv1 [default: none; with --resume, as before].
@@ -35,6 +41,7 @@ impl GpuArgs {
     pub fn epilogues(&self, before: EpilogueChoice) -> EpilogueChoice {
         EpilogueChoice {
             fuse_statistics: self.fuse_statistics.clone().unwrap_or(before.fuse_statistics),
+            bn: self.bn.clone().unwrap_or(before.bn),
             residual_gradient: self.residual_gradient.clone().unwrap_or(before.residual_gradient),
             fuse_pooling: self.fuse_pooling.unwrap_or(before.fuse_pooling),
         }

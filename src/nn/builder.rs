@@ -10,9 +10,11 @@ use crate::ops::batch_norm::pooled::BatchNormMaxPool;
 use crate::ops::batch_norm::{BatchNorm, BatchNormEval, Fusion, channel_desc};
 use crate::ops::cast::Cast;
 use crate::ops::conv2d::Conv2d;
+use crate::ops::gram_norm::{self, Layer, Operands};
 use crate::ops::linear::Linear;
 use crate::ops::pad_channels::PadChannels;
 use crate::ops::pool::MaxPool;
+use crate::ops::subsample::Subsample;
 use crate::tensor::{DType, TensorDesc};
 
 /// Constants of every batch norm (recipe).
@@ -49,6 +51,22 @@ impl Norm {
     pub const PLAIN: Norm = Norm { affine: true, relu: false, residual: None, gamma: 1.0 };
     /// Affine with ReLU.
     pub const RELU: Norm = Norm { relu: true, ..Norm::PLAIN };
+}
+
+/// The result of a convolution that only a batch norm reads.
+#[derive(Debug, Clone, Copy)]
+pub enum Convolved {
+    /// As it is.
+    Formed(ValueId),
+    /// Never formed: of x and the weight, the batch norm makes its own output.
+    Unformed {
+        /// The pixels that are read.
+        x: ValueId,
+        /// The weight, `[c_out][1][1][c_in]`.
+        w: ValueId,
+        /// Statistics groups.
+        groups: usize,
+    },
 }
 
 /// Records layers on a tape.
@@ -145,6 +163,47 @@ impl<'t> Builder<'t> {
         Ok(outputs[0])
     }
 
+    /// A convolution that [`Builder::norm_of`] goes on from.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn conv_to_norm(
+        &mut self,
+        name: &str,
+        x: ValueId,
+        c_out: usize,
+        [kernel, stride, padding]: [usize; 3],
+    ) -> Result<Convolved> {
+        let c_in = self.tape.desc(x).shape.channels();
+        let gram = kernel == 1 && padding == 0 && c_out > c_in && self.epilogues.gram.contain(name, 1, [c_in, c_out]);
+        let (Mode::Train { groups }, true) = (self.mode, gram) else {
+            return self.conv(name, x, c_out, [kernel, stride, padding]).map(Convolved::Formed);
+        };
+        let desc = TensorDesc::new([c_out, kernel, kernel, c_in], self.master());
+        let w = self.param(&format!("{name}.weight"), desc, Init::kaiming_fan_out([kernel; 2], c_out));
+        let x = match stride {
+            1 => x,
+            _ => self.tape.scoped(name, |tape| tape.record_one(Subsample { stride }, &[x]))?,
+        };
+        Ok(Convolved::Unformed { x, w, groups })
+    }
+
+    /// The batch norm of a convolution; `names` are those of both.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn norm_of(&mut self, [conv, name]: [&str; 2], y: Convolved, norm: Norm) -> Result<ValueId> {
+        let (x, w, groups) = match y {
+            Convolved::Formed(y) => return self.batch_norm(name, y, norm),
+            Convolved::Unformed { x, w, groups } => (x, w, groups),
+        };
+        let c_out = self.tape.desc(w).shape.rows();
+        let (affine, running) = self.batch_norm_leaves(name, c_out, norm);
+        let layer = Layer { groups, eps: EPS, momentum: MOMENTUM, relu: norm.relu };
+        let operands = Operands { z: x, w, gamma: affine[0], beta: affine[1], residual: norm.residual, running };
+        self.tape.scoped(conv, |tape| gram_norm::record(tape, layer, &operands))
+    }
+
     /// A fully connected layer.
     ///
     /// # Errors
@@ -165,9 +224,9 @@ impl<'t> Builder<'t> {
         })
     }
 
-    /// The parameters of a batch norm over x, and its running statistics.
-    fn batch_norm_leaves(&mut self, name: &str, x: ValueId, norm: Norm) -> (Vec<ValueId>, [ValueId; 3]) {
-        let desc = channel_desc(self.tape.desc(x).shape.channels(), self.dtype);
+    /// The parameters of a batch norm over so many channels, and its running statistics.
+    fn batch_norm_leaves(&mut self, name: &str, channels: usize, norm: Norm) -> (Vec<ValueId>, [ValueId; 3]) {
+        let desc = channel_desc(channels, self.dtype);
         let mut affine = Vec::new();
         if norm.affine {
             affine.push(self.param(&format!("{name}.weight"), desc.clone(), Init::Constant(norm.gamma)));
@@ -188,7 +247,7 @@ impl<'t> Builder<'t> {
         if !self.epilogues.pooling {
             return self.batch_norm_then_max_pool([norm, pool], x);
         }
-        let (affine, updates) = self.batch_norm_leaves(norm, x, Norm::RELU);
+        let (affine, updates) = self.batch_norm_leaves(norm, self.tape.desc(x).shape.channels(), Norm::RELU);
         let sums = self.sums.get(&x).copied();
         let inputs: Vec<ValueId> = [x].into_iter().chain(affine).chain(sums).collect();
         let op = BatchNormMaxPool::new(groups, EPS, MOMENTUM, sums.is_some());
@@ -206,7 +265,7 @@ impl<'t> Builder<'t> {
     /// # Errors
     /// Shapes that do not fit.
     pub fn batch_norm(&mut self, name: &str, x: ValueId, norm: Norm) -> Result<ValueId> {
-        let (affine, updates) = self.batch_norm_leaves(name, x, norm);
+        let (affine, updates) = self.batch_norm_leaves(name, self.tape.desc(x).shape.channels(), norm);
         let [running_mean, running_var, _] = updates;
         let fusion = Fusion { affine: norm.affine, residual: norm.residual.is_some(), relu: norm.relu };
         let (mode, sums) = (self.mode, self.sums.get(&x).copied());

@@ -8,6 +8,26 @@ use crate::error::{Error, Result};
 use crate::graph::{Phase, Tape};
 use crate::ops::conv2d::Join;
 
+/// Lets serde read and write a choice as the text that the command line takes.
+macro_rules! written_as_text {
+    ($choice:ty) => {
+        impl TryFrom<String> for $choice {
+            type Error = String;
+
+            fn try_from(text: String) -> std::result::Result<$choice, String> {
+                text.parse()
+            }
+        }
+
+        impl From<$choice> for String {
+            fn from(one: $choice) -> String {
+                one.to_string()
+            }
+        }
+    };
+}
+pub(crate) use written_as_text;
+
 /// What the channels of an ordinary convolution are multiples of, and the largest side of its kernel.
 const CHANNELS: usize = 8;
 const KERNEL: usize = 3;
@@ -143,25 +163,15 @@ impl Display for ResidualGradient {
     }
 }
 
-impl TryFrom<String> for ResidualGradient {
-    type Error = String;
-
-    fn try_from(text: String) -> std::result::Result<ResidualGradient, String> {
-        text.parse()
-    }
-}
-
-impl From<ResidualGradient> for String {
-    fn from(one: ResidualGradient) -> String {
-        one.to_string()
-    }
-}
+written_as_text!(ResidualGradient);
 
 /// What a training step fuses with its convolutions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Epilogues {
     /// Convolutions that compute the statistics for the batch norm after them, which reads their result once less.
     pub statistics: Layers,
+    /// 1x1 convolutions to more channels whose result only a batch norm reads, and is never formed: see `ops::gram_norm`.
+    pub gram: Layers,
     /// How the gradients of residual branches are added.
     pub residual_gradient: ResidualGradient,
     /// Whether the stem's batch norm and the max pooling behind it are one op, which takes less memory.
@@ -170,7 +180,12 @@ pub struct Epilogues {
 
 impl Default for Epilogues {
     fn default() -> Epilogues {
-        Epilogues { statistics: Layers::NONE, residual_gradient: ResidualGradient::default(), pooling: false }
+        Epilogues {
+            statistics: Layers::NONE,
+            gram: Layers::NONE,
+            residual_gradient: ResidualGradient::default(),
+            pooling: false,
+        }
     }
 }
 
@@ -185,9 +200,12 @@ impl Epilogues {
     /// # Errors
     /// [`Error::Config`] with names of layers where it can.
     pub(super) fn check(&self, tape: &Tape) -> Result<()> {
-        let convolutions = tape.nodes().iter().filter(|n| n.phase == Phase::Forward && n.op.name() == "conv2d");
-        let convolutions: Vec<&str> = convolutions.map(|node| node.name.as_str()).collect();
-        self.statistics.check("--fuse-statistics", &convolutions)?;
+        let named = |op: &str| -> Vec<&str> {
+            let nodes = tape.nodes().iter().filter(|n| n.phase == Phase::Forward && n.op.name() == op);
+            nodes.map(|node| node.name.as_str()).collect()
+        };
+        self.statistics.check("--fuse-statistics", &named("conv2d"))?;
+        self.gram.check("--bn gram", &named("gram_norm"))?;
         self.residual_gradient.layers.check("--residual-gradient", &joining(tape))
     }
 }

@@ -192,16 +192,18 @@ impl ResNet {
             y = b.batch_norm(&format!("{name}.bn{}", i + 1), y, Norm::RELU)?;
         }
         let i = convs.len();
-        y = b.conv(&format!("{name}.conv{i}"), y, last.0, last.1)?;
+        let (conv, norm) = (format!("{name}.conv{i}"), format!("{name}.bn{i}"));
+        let y = b.conv_to_norm(&conv, y, last.0, last.1)?;
         let shortcut = self.shortcut(b, name, x, c_out, stride)?;
-        b.batch_norm(&format!("{name}.bn{i}"), y, Norm { residual: Some(shortcut), gamma: 0.0, ..Norm::RELU })
+        b.norm_of([&conv, &norm], y, Norm { residual: Some(shortcut), gamma: 0.0, ..Norm::RELU })
     }
 
     fn shortcut(&self, b: &mut Builder<'_>, name: &str, x: ValueId, c_out: usize, stride: usize) -> Result<ValueId> {
         if stride == 1 && b.tape.desc(x).shape.channels() == c_out {
             return Ok(x);
         }
-        let x = b.conv(&format!("{name}.downsample.0"), x, c_out, [1, stride, 0])?;
-        b.batch_norm(&format!("{name}.downsample.1"), x, Norm::PLAIN)
+        let (conv, norm) = (format!("{name}.downsample.0"), format!("{name}.downsample.1"));
+        let y = b.conv_to_norm(&conv, x, c_out, [1, stride, 0])?;
+        b.norm_of([&conv, &norm], y, Norm::PLAIN)
     }
 }

@@ -1,4 +1,4 @@
-//! The choice of what is fused with convolutions, and the default.
+//! The choice of what is fused with convolutions, how batch norm is computed behind them, and the defaults.
 
 use std::fmt::{self, Display};
 use std::str::FromStr;
@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::exec::Device;
-use crate::nn::epilogues::{Epilogues, Layers, ResidualGradient};
+use crate::nn::epilogues::{Epilogues, Layers, ResidualGradient, written_as_text};
 use crate::tensor::DType;
 
 /// Compute capabilities for which cuDNN has a precompiled convolution with statistics.
@@ -18,6 +18,9 @@ const PRECOMPILED: [[u32; 2]; 2] = [[8, 0], [9, 0]];
 pub struct EpilogueChoice {
     /// Convolutions that compute the statistics for the batch norm after them.
     pub fuse_statistics: FuseStatistics,
+    /// How batch norm of the 1x1 convolutions to more channels is computed.
+    #[serde(default)]
+    pub bn: NormChoice,
     /// How the gradients of residual branches are added.
     #[serde(default)]
     pub residual_gradient: ResidualGradient,
@@ -34,7 +37,12 @@ impl EpilogueChoice {
             FuseStatistics::Layers(layers) => layers.clone(),
             FuseStatistics::Auto => measured_faster(capability(device), dtype),
         };
-        Epilogues { statistics, residual_gradient: self.residual_gradient.clone(), pooling: self.fuse_pooling }
+        Epilogues {
+            statistics,
+            gram: self.bn.layers(),
+            residual_gradient: self.residual_gradient.clone(),
+            pooling: self.fuse_pooling,
+        }
     }
 }
 
@@ -93,19 +101,56 @@ impl Display for FuseStatistics {
     }
 }
 
-impl TryFrom<String> for FuseStatistics {
-    type Error = String;
+written_as_text!(FuseStatistics);
 
-    fn try_from(text: String) -> Result<FuseStatistics, String> {
-        text.parse()
+/// How batch norm of the 1x1 convolutions to more channels is computed (`ops::gram_norm`).
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum NormChoice {
+    /// From their results.
+    #[default]
+    Standard,
+    /// From the covariance of their inputs, in these layers.
+    Gram(Layers),
+    /// Whichever was measured to be faster.
+    Auto,
+}
+
+impl NormChoice {
+    /// The layers whose results are never formed. On GPUs whole steps are yet to be measured: there `auto` is `standard`.
+    pub fn layers(&self) -> Layers {
+        match self {
+            NormChoice::Standard | NormChoice::Auto => Layers::NONE,
+            NormChoice::Gram(layers) => layers.clone(),
+        }
     }
 }
 
-impl From<FuseStatistics> for String {
-    fn from(one: FuseStatistics) -> String {
-        one.to_string()
+impl FromStr for NormChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<NormChoice, String> {
+        match text.split_once(':').unwrap_or((text, "all")) {
+            ("standard", "all") => Ok(NormChoice::Standard),
+            ("auto", "all") => Ok(NormChoice::Auto),
+            ("gram", layers) => layers.parse().map(NormChoice::Gram),
+            _ => Err(format!("expected standard, gram, gram:LAYERS or auto, got {text:?}")),
+        }
     }
 }
+
+impl Display for NormChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            NormChoice::Standard => f.write_str("standard"),
+            NormChoice::Gram(Layers::All) => f.write_str("gram"),
+            NormChoice::Gram(layers) => write!(f, "gram:{layers}"),
+            NormChoice::Auto => f.write_str("auto"),
+        }
+    }
+}
+
+written_as_text!(NormChoice);
 
 #[cfg(test)]
 mod tests {
@@ -136,12 +181,17 @@ mod tests {
 
     #[test]
     fn choices_survive_the_configuration() {
-        for (statistics, gradient) in [("auto", "accumulate"), ("all", "separate:a.b,c"), ("encoder.layer1,x", "fused")]
-        {
+        for (statistics, bn, gradient) in [
+            ("auto", "standard", "accumulate"),
+            ("all", "gram", "separate:a.b,c"),
+            ("encoder.layer1,x", "gram:encoder.layer2,y", "fused"),
+            ("none", "auto", "separate"),
+        ] {
             let (fuse_statistics, residual_gradient) = (statistics.parse().unwrap(), gradient.parse().unwrap());
-            let choice = EpilogueChoice { fuse_statistics, residual_gradient, fuse_pooling: true };
+            let choice =
+                EpilogueChoice { fuse_statistics, bn: bn.parse().unwrap(), residual_gradient, fuse_pooling: true };
             let text = toml::to_string(&choice).unwrap();
-            assert!(text.contains(statistics) && text.contains(gradient), "{text}");
+            assert!([statistics, bn, gradient].iter().all(|one| text.contains(one)), "{text}");
             assert_eq!(toml::from_str::<EpilogueChoice>(&text).unwrap(), choice);
         }
     }

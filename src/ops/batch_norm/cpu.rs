@@ -113,7 +113,7 @@ fn store_mask<T: Real>(mask: &mut [u8], y: &[T], pack: usize) {
 }
 
 /// `r = (1 - momentum) r + momentum value`.
-fn update_running<T: Real>(running: &mut [T], values: &[f64], momentum: f64) {
+pub fn update_running<T: Real>(running: &mut [T], values: &[f64], momentum: f64) {
     for (r, v) in running.iter_mut().zip(values) {
         *r = T::of(r.to_f64() * (1.0 - momentum) + momentum * v);
     }

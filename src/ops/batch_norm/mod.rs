@@ -6,6 +6,8 @@ pub(super) mod cuda;
 pub mod pooled;
 pub(super) mod sums;
 
+pub(super) use cpu::update_running;
+
 use crate::backend::cpu::CpuIo;
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
