@@ -261,6 +261,13 @@ __device__ __forceinline__ void finish_backward(const Partial* partials, int chu
     });
 }
 
+// The scale that finish_statistics computes, once more, for channels of groups. Grid: a stride over them.
+__device__ __forceinline__ void scale_again(const float* __restrict__ rstd, const float* __restrict__ gamma,
+                                            float* __restrict__ scale, int groups, int channels) {
+    const int64_t all = int64_t{groups} * channels;
+    for (int64_t i = global_thread(); i < all; i += global_threads()) scale[i] = scale_of(gamma + i % channels, rstd[i]);
+}
+
 // The scale of evaluation, from the running variance.
 __device__ __forceinline__ void eval_scale(const float* __restrict__ variance, const float* __restrict__ gamma, double eps,
                                            float* __restrict__ scale, int channels) {
@@ -420,6 +427,12 @@ batch_norm_finish_sums(const float* sums, int32_t groups, int64_t rows, int32_t 
                 num_batches_tracked);
 }
 EXPORT(batch_norm_finish_sums)
+
+KERNEL(256)
+batch_norm_scale(const float* rstd, const float* gamma, float* scale, int32_t groups, int32_t channels) {
+    scale_again(rstd, gamma, scale, groups, channels);
+}
+EXPORT(batch_norm_scale)
 
 KERNEL(256)
 batch_norm_eval_scale(const float* variance, const float* gamma, double eps, float* scale, int32_t channels) {

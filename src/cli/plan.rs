@@ -7,10 +7,12 @@ use std::path::PathBuf;
 use indicatif::HumanCount;
 use serde_json::json;
 
+use super::memory_args::MemoryArgs;
 use super::model_args::{ModelArgs, arch_name};
 use super::output::print;
 use super::preset::Preset;
 use super::recipe_args::BATCH;
+use super::recomputation::Recomputation;
 use crate::atomic::write_atomic;
 use crate::data::augment::AugmentConfig;
 use crate::error::{Error, Result};
@@ -21,6 +23,7 @@ use crate::nn::ParamInfo;
 use crate::nn::simsiam::{SimSiam, StepShape, TrainGraph, ViewSource};
 use crate::ops::augment::Augmentation;
 use crate::tensor::{DType, TensorDesc};
+use crate::train::memory::MemoryChoice;
 
 /// No address space is larger; sums of sizes below it do not overflow.
 const MAX_BYTES: u128 = 1 << 60;
@@ -57,6 +60,8 @@ pub struct PlanArgs {
     #[arg(long, value_name = "FILE")]
     dot: Option<PathBuf>,
     #[command(flatten)]
+    memory: MemoryArgs,
+    #[command(flatten)]
     model: ModelArgs,
 }
 
@@ -78,6 +83,8 @@ struct Report {
     precision: Precision,
     tape: Tape,
     plan: Plan,
+    memory: MemoryChoice,
+    recomputation: Recomputation,
     /// Scalars by what they are in PyTorch.
     trainable: usize,
     backbone: usize,
@@ -99,13 +106,16 @@ impl Report {
         let target = target(args.device)?;
         let precision = args.dtype.unwrap_or(if target == Target::Cuda { Precision::Bf16 } else { Precision::F32 });
         let source = view_source(args, &model, target, image_size, precision.dtype())?;
-        let shape = StepShape::new(batch, image_size, precision.dtype(), source);
-        let TrainGraph { tape, params, .. } = model.record_step(&shape)?;
+        let memory = args.memory.choose(MemoryChoice::default());
+        let plain = StepShape::new(batch, image_size, precision.dtype(), source);
+        let TrainGraph { tape, params, .. } = model.record_step(&StepShape { views: memory.views, ..plain })?;
         if tape.values().iter().map(|v| v.desc.bytes() as u128).sum::<u128>() > MAX_BYTES {
             let what = format!("{batch} images of {image_size} pixels take more memory than any machine can address");
             return Err(Error::config("--batch", what));
         }
+        let (tape, trade) = memory.fit(tape, target)?;
         let plan = Plan::new(&tape, target)?;
+        let recomputation = Recomputation::new(&tape, trade);
         let count = |keep: &dyn Fn(&ParamInfo) -> bool| -> usize {
             params.iter().filter(|p| keep(p)).map(|p| p.desc.shape.len()).sum()
         };
@@ -113,7 +123,20 @@ impl Report {
         let in_backbone = |p: &ParamInfo| p.name.starts_with("encoder.") && !p.name.starts_with("encoder.fc.");
         let backbone = count(&|p| in_backbone(p) && tape.value(p.value).role == Role::Parameter);
         let flops = flops(&tape);
-        Ok(Report { model, batch, image_size, precision, tape, plan, trainable, backbone, flops, top })
+        Ok(Report {
+            model,
+            batch,
+            image_size,
+            precision,
+            tape,
+            plan,
+            memory,
+            recomputation,
+            trainable,
+            backbone,
+            flops,
+            top,
+        })
     }
 
     fn views(&self) -> usize {
@@ -136,9 +159,11 @@ impl Report {
         let size = self.image_size;
         let title = format!("{}, {} stem", arch_name(&self.model.backbone), name_of(self.model.backbone.stem));
         let dtype = self.precision.dtype();
-        writeln!(out, "{title}, {size}x{size} pixels, batch {} ({} views), {dtype}", self.batch, self.views())?;
+        let views = format!("{} views, {}", self.views(), self.memory.views);
+        writeln!(out, "{title}, {size}x{size} pixels, batch {} ({views}), {dtype}", self.batch)?;
         self.print_network(out)?;
         self.print_memory(out)?;
+        self.recomputation.print(out)?;
         self.print_buffers(out)
     }
 
@@ -227,6 +252,9 @@ impl Report {
             "flops_per_step": self.flops,
             "flops_per_image": self.flops as f64 / self.batch as f64,
             "memory": self.plan.memory,
+            "views": self.memory.views,
+            "memory_budget": self.memory.budget,
+            "recomputation": self.recomputation.json(),
             "largest_buffers": buffers.collect::<Vec<_>>(),
         })
     }

@@ -69,7 +69,7 @@ pub enum Convolved {
     },
 }
 
-/// Records layers on a tape.
+/// Records layers on a tape. A layer may be recorded twice under its name: it has its parameters once.
 #[derive(Debug)]
 pub struct Builder<'t> {
     /// The tape.
@@ -87,6 +87,8 @@ pub struct Builder<'t> {
     dtype: DType,
     /// The sums that a convolution has computed of its result.
     sums: HashMap<ValueId, ValueId>,
+    /// Weights as layers take them: in the activations' type, padded.
+    prepared: HashMap<ValueId, ValueId>,
 }
 
 impl<'t> Builder<'t> {
@@ -101,6 +103,7 @@ impl<'t> Builder<'t> {
             epilogues: Epilogues::default(),
             dtype,
             sums: HashMap::new(),
+            prepared: HashMap::new(),
         }
     }
 
@@ -152,13 +155,9 @@ impl<'t> Builder<'t> {
         };
         let join = self.epilogues.join(name, kernel, [channels, c_out]);
         let op = Conv2d { statistics, join, ..Conv2d::new([stride; 2], [padding; 2]) };
-        let outputs = self.tape.scoped(name, |tape| {
-            let mut w = low_precision(tape, w, self.dtype)?;
-            if channels != c_in {
-                w = tape.record_one(PadChannels { channels }, &[w])?;
-            }
-            tape.record(op, &[x, w])
-        })?;
+        let padded = (channels != c_in).then_some(channels);
+        let w = self.prepare(name, w, padded)?;
+        let outputs = self.tape.scoped(name, |tape| tape.record(op, &[x, w]))?;
         self.sums.extend(outputs.get(1).map(|sums| (outputs[0], *sums)));
         Ok(outputs[0])
     }
@@ -217,11 +216,22 @@ impl<'t> Builder<'t> {
             let desc = TensorDesc::new([out], self.master());
             bias_input = Some(self.param(&format!("{name}.bias"), desc, Init::linear(fan_in)));
         }
-        self.tape.scoped(name, |tape| {
+        let w = self.prepare(name, w, None)?;
+        let inputs: Vec<ValueId> = [x, w].into_iter().chain(bias_input).collect();
+        self.tape.scoped(name, |tape| tape.record_one(Linear, &inputs))
+    }
+
+    /// The weight `w` as layer `name` takes it: in the activations' type, with so many channels.
+    fn prepare(&mut self, name: &str, w: ValueId, channels: Option<usize>) -> Result<ValueId> {
+        if let Some(&prepared) = self.prepared.get(&w) {
+            return Ok(prepared);
+        }
+        let prepared = self.tape.scoped(name, |tape| {
             let w = low_precision(tape, w, self.dtype)?;
-            let inputs: Vec<ValueId> = [x, w].into_iter().chain(bias_input).collect();
-            tape.record_one(Linear, &inputs)
-        })
+            channels.map_or(Ok(w), |channels| tape.record_one(PadChannels { channels }, &[w]))
+        })?;
+        self.prepared.insert(w, prepared);
+        Ok(prepared)
     }
 
     /// The parameters of a batch norm over so many channels, and its running statistics.
@@ -284,15 +294,23 @@ impl<'t> Builder<'t> {
         })
     }
 
-    /// Takes the newest parameter out of training.
-    pub fn freeze_last(&mut self) {
-        if let Some(param) = self.params.last_mut() {
+    /// Takes the parameter `name` out of training.
+    pub fn freeze(&mut self, name: &str) {
+        if let Some(param) = self.params.iter_mut().find(|param| param.name == name) {
             param.trainable = false;
             self.tape.freeze(param.value);
         }
     }
 
+    /// The value of a parameter or buffer that is there already.
+    fn recorded(&self, name: &str) -> Option<ValueId> {
+        self.params.iter().find(|param| param.name == name).map(|param| param.value)
+    }
+
     fn param(&mut self, name: &str, desc: TensorDesc, init: Init) -> ValueId {
+        if let Some(value) = self.recorded(name) {
+            return value;
+        }
         let trainable = self.trainable && matches!(self.mode, Mode::Train { .. });
         let value = self.tape.leaf(name, desc.clone(), Role::Parameter, trainable);
         self.params.push(ParamInfo { name: name.into(), value, desc, trainable, group: self.group, init });
@@ -300,6 +318,9 @@ impl<'t> Builder<'t> {
     }
 
     fn buffer(&mut self, name: &str, desc: TensorDesc, start: f64) -> ValueId {
+        if let Some(value) = self.recorded(name) {
+            return value;
+        }
         let value = self.tape.leaf(name, desc.clone(), Role::State, false);
         let init = Init::Constant(start);
         self.params.push(ParamInfo { name: name.into(), value, desc, trainable: false, group: self.group, init });

@@ -5,7 +5,7 @@ use super::{Augmentation, ViewDescriptor};
 use crate::backend::cpu::CpuIo;
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
-use crate::graph::Op;
+use crate::graph::{Again, Op};
 use crate::tensor::{DType, TensorDesc};
 
 /// Views of stored images; inputs: their pixels, u8, and the views' descriptors as bytes. Whoever writes these takes both
@@ -44,6 +44,11 @@ impl Op for AugmentViews {
 
     fn differentiable(&self) -> bool {
         false
+    }
+
+    /// It takes far longer than its traffic tells.
+    fn again(&self) -> Again {
+        Again::Never
     }
 
     fn cpu(&self, _io: &mut CpuIo<'_>) -> Result<()> {

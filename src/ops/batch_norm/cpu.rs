@@ -6,7 +6,7 @@ use crate::backend::cpu::{CpuIo, Real};
 
 use super::pooled::Pooled;
 use super::sums::{block_rows, group_sums};
-use super::{BatchNorm, BatchNormBackward, BatchNormEval, Mask, pack};
+use super::{BatchNorm, BatchNormBackward, BatchNormEval, Fusion, Mask, pack};
 
 /// Per-channel coefficients of one group: `y = (x - mean) scale + beta`.
 pub(super) struct Coefficients<T> {
@@ -90,19 +90,45 @@ pub(super) fn statistics<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) -> Vec<Coe
 
 pub(super) fn forward<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) {
     let groups = statistics::<T>(op, io);
+    apply_groups(op.fusion, &groups, io, [op.fusion.residual_input(), 3]);
+}
+
+/// y, the first output, from x, the first input; where the residual is among the inputs and the mask among the outputs, if they
+/// are there, the caller says.
+fn apply_groups<T: Real>(
+    fusion: Fusion,
+    groups: &[Coefficients<T>],
+    io: &mut CpuIo<'_>,
+    [residual, mask]: [usize; 2],
+) {
     let x = io.inputs[0].get::<T>();
-    let residual = op.fusion.residual.then(|| io.inputs[op.fusion.residual_input()].get::<T>());
-    let group_len = x.len() / op.groups;
+    let residual = fusion.residual.then(|| io.inputs[residual].get::<T>());
+    let group_len = x.len() / groups.len();
     for (group, k) in groups.iter().enumerate() {
         let span = group * group_len..(group + 1) * group_len;
         let residual = residual.map(|r| &r[span.clone()]);
-        apply(&mut io.outputs[0].get::<T>()[span.clone()], &x[span], residual, op.fusion.relu, k);
+        apply(&mut io.outputs[0].get::<T>()[span.clone()], &x[span], residual, fusion.relu, k);
     }
-    if op.fusion.mask() == Mask::Stored {
+    if fusion.mask() == Mask::Stored {
         let pack = pack(io.inputs[0].desc);
-        let (head, tail) = io.outputs.split_at_mut(3);
+        let (head, tail) = io.outputs.split_at_mut(mask);
         store_mask(tail[0].get::<u8>(), head[0].get::<T>(), pack);
     }
+}
+
+/// What [`statistics`] returned, from mean and rstd as inputs 1 and 2, behind which are gamma and beta where it is affine.
+pub(super) fn known_statistics<T: Real>(affine: bool, groups: usize, io: &CpuIo<'_>) -> Vec<Coefficients<T>> {
+    let (mean, rstd) = (io.inputs[1].get::<T>(), io.inputs[2].get::<T>());
+    let affine = affine.then(|| (io.inputs[3].get::<T>(), io.inputs[4].get::<T>()));
+    let channels = mean.len() / groups;
+    mean.chunks(channels).zip(rstd.chunks(channels)).map(|(mean, rstd)| recomputed(mean, rstd, affine)).collect()
+}
+
+/// The forward pass from statistics that are known; see [`super::repeat`].
+pub(super) fn repeat<T: Real>(fusion: Fusion, groups: usize, io: &mut CpuIo<'_>) {
+    let groups = known_statistics::<T>(fusion.affine, groups, io);
+    let last = io.inputs.len() - 1;
+    apply_groups(fusion, &groups, io, [last, 1]);
 }
 
 /// A bit for each element of y that is greater than 0; `pack` of them to a byte.

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::ops::row_tiles::{RowTiles, Rows};
 use crate::tensor::TensorDesc;
 
-use super::{BatchNorm, BatchNormBackward, BatchNormEval, Mask};
+use super::{BatchNorm, BatchNormBackward, BatchNormEval, Fusion, Mask};
 
 kernels! { "batch_norm";
     /// Partial sums of x - shift and its square.
@@ -29,6 +29,8 @@ kernels! { "batch_norm";
         x: DevicePtr, residual: DevicePtr, mean: DevicePtr, scale: DevicePtr, beta: DevicePtr, relu: i32, y: DevicePtr,
         mask: DevicePtr, tiles: RowTiles,
     );
+    /// scale = gamma rstd, of each channel and group
+    fn batch_norm_scale[; 256](rstd: DevicePtr, gamma: DevicePtr, scale: DevicePtr, groups: i32, channels: i32);
     /// scale = gamma / sqrt(running_var + eps)
     fn batch_norm_eval_scale[; 256](variance: DevicePtr, gamma: DevicePtr, eps: f64, scale: DevicePtr, channels: i32);
     /// Partial sums of the masked d_y and of its product with x - mean; d_residual.
@@ -69,7 +71,7 @@ pub(super) fn workspace_bytes(rows: &Rows, arrays: usize) -> usize {
     partials_bytes(rows) + arrays * rows.groups * rows.channels * size_of::<f32>()
 }
 
-/// Scratch of a forward pass whose sums are given: the scale of each channel and group.
+/// Scratch of a forward pass whose sums or statistics are given: the scale of each channel and group.
 pub(super) fn scale_bytes(x: &TensorDesc, groups: usize) -> usize {
     groups * x.shape.channels() * size_of::<f32>()
 }
@@ -164,6 +166,34 @@ pub(super) fn forward(op: &BatchNorm, io: &CudaIo<'_>) -> Result<()> {
     let call = batch_norm_apply(io.dtype(), x, residual, mean, scale, beta, relu, y, mask, tiles);
     // SAFETY: `infer` checked that the residual is like x and beta has its channels, and made y like x and the mask with a
     // byte for each pack.
+    unsafe { io.launch(rows.grid(tiles), call) }
+}
+
+/// What [`statistics`] left, from mean and rstd as inputs 1 and 2, behind which are gamma and beta where it is affine.
+pub(super) fn known_statistics(affine: bool, groups: usize, io: &CudaIo<'_>) -> Result<Statistics> {
+    let [mean, rstd] = [1, 2].map(|i| io.inputs[i].ptr);
+    if !affine {
+        return Ok(Statistics { mean, scale: rstd, beta: DevicePtr::NULL });
+    }
+    let ([gamma, beta], scale) = ([3, 4].map(|i| io.inputs[i].ptr), io.workspace);
+    let channels = io.inputs[0].desc.shape.channels();
+    let call = batch_norm_scale(rstd, gamma, scale, groups as i32, channels as i32);
+    // SAFETY: `infer` checked that rstd is [groups, channels] and gamma [channels]; `cuda_workspace` counted the scales.
+    unsafe { io.launch(Grid::stride(groups * channels, 256), call)? };
+    Ok(Statistics { mean, scale, beta })
+}
+
+/// The forward pass from statistics that are known; see [`super::repeat`].
+pub(super) fn repeat(fusion: Fusion, groups: usize, io: &CudaIo<'_>) -> Result<()> {
+    let rows = Rows::new(io.inputs[0].desc, groups);
+    let Statistics { mean, scale, beta } = known_statistics(fusion.affine, groups, io)?;
+    let residual = if fusion.residual { io.inputs[io.inputs.len() - 1].ptr } else { DevicePtr::NULL };
+    let mask = io.outputs.get(1).map_or(DevicePtr::NULL, |mask| mask.ptr);
+    let tiles = rows.streaming();
+    let (x, y, relu) = (io.inputs[0].ptr, io.outputs[0].ptr, i32::from(fusion.relu));
+    let call = batch_norm_apply(io.dtype(), x, residual, mean, scale, beta, relu, y, mask, tiles);
+    // SAFETY: `infer` checked that the residual is like x, the statistics are those of its groups and beta has its channels,
+    // and made y like x and the mask with a byte for each pack.
     unsafe { io.launch(rows.grid(tiles), call) }
 }
 

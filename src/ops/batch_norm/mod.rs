@@ -4,6 +4,7 @@
 mod cpu;
 pub(super) mod cuda;
 pub mod pooled;
+mod repeat;
 pub(super) mod sums;
 
 pub(super) use cpu::update_running;
@@ -12,7 +13,7 @@ use crate::backend::cpu::CpuIo;
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
-use crate::graph::{GradBuilder, Op};
+use crate::graph::{Again, GradBuilder, Op};
 use crate::ops::conv2d::gradient_dtype;
 use crate::ops::row_tiles::Rows;
 use crate::tensor::{DType, TensorDesc};
@@ -166,6 +167,10 @@ impl Op for BatchNorm {
             targets.push(Some(self.fusion.residual_input()));
         }
         g.emit(op, &inputs, &targets)
+    }
+
+    fn again(&self) -> Again {
+        repeat::of_batch_norm(self)
     }
 
     /// x is read again once its statistics are known, unless their sums were given.

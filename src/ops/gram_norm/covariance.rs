@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use crate::backend::cpu::{CpuIo, Real};
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
-use crate::graph::Op;
+use crate::graph::{Again, Op};
 use crate::graph::op::dispatch_real;
 use crate::ops::batch_norm::sums::block_rows;
 use crate::tensor::TensorDesc;
@@ -84,6 +84,10 @@ impl Op for Covariance {
 
     fn differentiable(&self) -> bool {
         false
+    }
+
+    fn again(&self) -> Again {
+        Again::Never
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use crate::backend::cpu::{CpuIo, Real};
 use crate::backend::cuda::CudaIo;
 use crate::error::Result;
-use crate::graph::Op;
+use crate::graph::{Again, Op};
 use crate::graph::op::dispatch_real;
 use crate::ops::batch_norm::update_running;
 use crate::tensor::{DType, TensorDesc};
@@ -45,6 +45,10 @@ impl Op for Fold {
 
     fn differentiable(&self) -> bool {
         false
+    }
+
+    fn again(&self) -> Again {
+        Again::Never
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {

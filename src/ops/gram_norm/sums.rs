@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use crate::backend::cpu::{CpuIo, Real};
 use crate::backend::cuda::CudaIo;
 use crate::error::Result;
-use crate::graph::Op;
+use crate::graph::{Again, Op};
 use crate::graph::op::dispatch_real;
 use crate::ops::batch_norm::sums::{CHAIN, block_rows, group_sums, workspace_bytes};
 use crate::tensor::TensorDesc;
@@ -44,6 +44,10 @@ impl Op for GroupMeans {
 
     fn differentiable(&self) -> bool {
         false
+    }
+
+    fn again(&self) -> Again {
+        Again::Never
     }
 
     fn workspace(&self, inputs: &[&TensorDesc]) -> usize {

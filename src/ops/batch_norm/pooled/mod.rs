@@ -9,11 +9,11 @@ use crate::backend::cpu::{CpuIo, Real};
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
-use crate::graph::{GradBuilder, Op};
+use crate::graph::{Again, GradBuilder, Op};
 use crate::tensor::{DType, TensorDesc};
 
 use super::cpu::Coefficients;
-use super::{BatchNorm, BatchNormBackward, Fusion, Mask, cpu, total_bytes};
+use super::{BatchNorm, BatchNormBackward, Fusion, Mask, cpu, repeat, total_bytes};
 
 /// Windows of 3x3 with stride 2 and padding 1.
 const SIZE: usize = 3;
@@ -100,6 +100,10 @@ impl Op for BatchNormMaxPool {
         g.emit(op, &inputs, &[Some(0), Some(1), Some(2)])
     }
 
+    fn again(&self) -> Again {
+        repeat::of_pooled(self.norm.groups)
+    }
+
     /// x is read again once its statistics are known, unless their sums were given.
     fn bytes(&self, inputs: &[&TensorDesc], outputs: &[&TensorDesc]) -> u64 {
         self.norm.bytes(inputs, outputs)
@@ -125,7 +129,7 @@ impl Op for BatchNormMaxPool {
     }
 }
 
-fn forward<T: Real>(windows: Windows, groups: &[Coefficients<T>], x: &[T], y: &mut [T], taken: &mut [u8]) {
+pub(super) fn forward<T: Real>(windows: Windows, groups: &[Coefficients<T>], x: &[T], y: &mut [T], taken: &mut [u8]) {
     let Windows { h, w, c } = windows;
     let (row, image) = (windows.ow() * c, h * w * c);
     let group_images = x.len() / image / groups.len();
