@@ -4,11 +4,13 @@
 pub mod autodiff;
 pub mod builtin;
 pub mod dump;
+pub mod ledger;
 pub mod op;
 pub mod plan;
 pub mod tape;
 
 pub use autodiff::{GradBuilder, backward};
+pub use ledger::{Tensors, Traffic};
 pub use op::Op;
 pub use plan::{Plan, WriteMode};
 pub use tape::{Node, Phase, Role, Tape, Value, ValueId};
