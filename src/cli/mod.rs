@@ -3,6 +3,7 @@
 mod augment_args;
 mod augment_preview;
 mod bench;
+mod costs;
 mod demo;
 mod devices;
 mod embed;

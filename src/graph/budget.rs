@@ -8,6 +8,7 @@ use std::str::FromStr;
 use bytesize::ByteSize;
 
 use crate::error::{Error, Result};
+use crate::graph::ledger::Entry;
 use crate::graph::plan::{Peak, Target, peak};
 use crate::graph::recompute::{Repeat, recompute};
 use crate::graph::{Node, Plan, Tape, ValueId};
@@ -109,10 +110,8 @@ pub struct Repetitions {
 pub fn repetitions(tape: &Tape) -> Repetitions {
     let repeated = tape.nodes().iter().filter(|node| node.again);
     repeated.fold(Repetitions::default(), |sum, node| {
-        let [inputs, outputs] = [&node.inputs, &node.outputs].map(|values| descs(tape, values));
-        let (traffic, flops) = (node.op.bytes(&inputs, &outputs), node.op.flops(&inputs));
-        let traffic = if node.op.is_view() { 0 } else { traffic };
-        Repetitions { nodes: sum.nodes + 1, traffic: sum.traffic + traffic, flops: sum.flops + flops }
+        let Entry { traffic, flops, .. } = Entry::of(tape, node, &[]);
+        Repetitions { nodes: sum.nodes + 1, traffic: sum.traffic + traffic.total(), flops: sum.flops + flops }
     })
 }
 
@@ -195,7 +194,7 @@ impl Context<'_> {
         let mut next = 0;
         while let Some(&index) = nodes.get(next) {
             let repeat = self.cheap(&self.tape.nodes()[index])?;
-            extra += repeat.op.bytes(&descs(self.tape, &repeat.inputs), &descs(self.tape, &repeat.outputs));
+            extra += repeat.traffic(self.tape);
             for input in repeat.inputs {
                 let storage = self.tape.storage(input);
                 let there = self.tape.value(storage).role.persistent() || self.waiting[storage.index()];

@@ -5,12 +5,14 @@ pub mod autodiff;
 pub mod budget;
 pub mod builtin;
 pub mod dump;
+pub mod ledger;
 pub mod op;
 pub mod plan;
 pub mod recompute;
 pub mod tape;
 
 pub use autodiff::{GradBuilder, backward};
+pub use ledger::{Tensors, Traffic};
 pub use op::Op;
 pub use plan::{Plan, WriteMode};
 pub use recompute::Again;

@@ -7,7 +7,7 @@ use crate::backend::cpu::CpuIo;
 use crate::backend::cuda::CudaIo;
 use crate::backend::cuda::library::Work;
 use crate::error::{Error, Result};
-use crate::graph::{Again, GradBuilder};
+use crate::graph::{Again, GradBuilder, Tensors, Traffic};
 use crate::tensor::TensorDesc;
 
 /// One operation. Backward passes are ordinary ops, so an op that exists only to compute a gradient has no `backward`. It is
@@ -90,10 +90,10 @@ pub trait Op: Any + Debug + Send + Sync {
         0
     }
 
-    /// Bytes that one execution cannot but move through memory: every input and output once, unless an op has to read one
-    /// again after all of it was seen.
-    fn bytes(&self, inputs: &[&TensorDesc], outputs: &[&TensorDesc]) -> u64 {
-        inputs.iter().chain(outputs).map(|tensor| tensor.bytes() as u64).sum()
+    /// Bytes that one execution of `cuda`, or of its library work, moves through memory, as [`crate::graph::ledger`] counts:
+    /// every tensor once, unless an op reads one again after all of it was seen, or only a part of it.
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        tensors.once()
     }
 }
 

@@ -6,7 +6,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::graph::{Node, Op, Phase, Role, Tape, ValueId};
+use crate::graph::{Node, Op, Phase, Role, Tape, Tensors, ValueId, WriteMode};
 
 /// How an op's outputs are had again.
 #[derive(Debug, Clone)]
@@ -66,6 +66,14 @@ impl Repeat {
                 Some(Repeat { op, inputs: inputs.into_iter().map(value).collect(), outputs })
             }
         }
+    }
+
+    /// Bytes that it moves on `tape`.
+    pub fn traffic(&self, tape: &Tape) -> u64 {
+        let desc = |&value: &ValueId| tape.desc(value);
+        let outputs = self.outputs.iter().map(|value| (desc(value), WriteMode::Overwrite)).collect();
+        let tensors = Tensors { inputs: self.inputs.iter().map(desc).collect(), outputs, updates: Vec::new() };
+        self.op.traffic(&tensors).total()
     }
 }
 

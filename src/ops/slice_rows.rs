@@ -5,7 +5,7 @@ use crate::backend::cpu::arena::ALIGNMENT;
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
-use crate::graph::{GradBuilder, Op, Tape, ValueId};
+use crate::graph::{GradBuilder, Op, Tape, Tensors, Traffic, ValueId};
 use crate::tensor::TensorDesc;
 
 /// `y = x[start .. start + len]` along the outermost dimension.
@@ -57,6 +57,12 @@ impl Op for SliceRows {
         Ok(())
     }
 
+    /// Of x the rows of y.
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        let y = tensors.outputs[0].0.bytes();
+        Traffic::default().staging(y)
+    }
+
     fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
         cuda::forward(io, self.start * row_elements(io.inputs[0].desc))
     }
@@ -100,6 +106,13 @@ impl Op for SliceRowsBackward {
         });
         Ok(())
     }
+
+    /// Where it is added, the other rows of d_x are left alone.
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        let d_y = tensors.inputs[0];
+        if tensors.accumulates(0) { Traffic::default().staging(d_y.bytes()).reading(d_y) } else { tensors.once() }
+    }
+
     fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
         cuda::backward(io, self.start * row_elements(io.inputs[0].desc))
     }

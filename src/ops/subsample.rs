@@ -6,7 +6,7 @@ use crate::backend::cpu::{CpuIo, Real};
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
-use crate::graph::{GradBuilder, Op};
+use crate::graph::{GradBuilder, Op, Tensors, Traffic};
 use crate::tensor::TensorDesc;
 
 /// `y[n, i, j] = x[n, stride i, stride j]`; x `[n, h, w, c]`, y `[n, ceil(h / stride), ceil(w / stride), c]`.
@@ -35,9 +35,10 @@ impl Op for Subsample {
         g.emit(SubsampleBackward { stride: self.stride, size: [h, w] }, &[d_y], &[Some(0)])
     }
 
-    /// A row of pixels that is left out is not read; of the others every cache line is where pixels are shorter than one.
-    fn bytes(&self, _inputs: &[&TensorDesc], outputs: &[&TensorDesc]) -> u64 {
-        2 * outputs[0].bytes() as u64
+    /// Only the pixels that are taken.
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        let taken = tensors.outputs[0].0.bytes() as u64;
+        Traffic { read: taken, written: taken }
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
@@ -79,6 +80,14 @@ impl Op for SubsampleBackward {
 
     fn accumulates(&self) -> bool {
         true
+    }
+
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        let taken = tensors.inputs[0].bytes() as u64;
+        match tensors.accumulates(0) {
+            true => Traffic { read: 2 * taken, written: taken },
+            false => tensors.once(),
+        }
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {

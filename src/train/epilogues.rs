@@ -33,9 +33,14 @@ pub struct EpilogueChoice {
 impl EpilogueChoice {
     /// What it comes to on `device`, with activations of `dtype`.
     pub fn resolve(&self, device: &Device, dtype: DType) -> Epilogues {
+        self.resolve_for(capability(device), dtype)
+    }
+
+    /// The same on a GPU of a compute capability, or on none.
+    pub fn resolve_for(&self, capability: Option<[u32; 2]>, dtype: DType) -> Epilogues {
         let statistics = match &self.fuse_statistics {
             FuseStatistics::Layers(layers) => layers.clone(),
-            FuseStatistics::Auto => measured_faster(capability(device), dtype),
+            FuseStatistics::Auto => measured_faster(capability, dtype),
         };
         Epilogues {
             statistics,

@@ -13,7 +13,7 @@ use crate::backend::cpu::CpuIo;
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
-use crate::graph::{Again, GradBuilder, Op};
+use crate::graph::{Again, GradBuilder, Op, Tensors, Traffic};
 use crate::ops::conv2d::gradient_dtype;
 use crate::ops::row_tiles::Rows;
 use crate::tensor::{DType, TensorDesc};
@@ -93,10 +93,6 @@ pub struct BatchNorm {
     pub sums_given: bool,
 }
 
-fn total_bytes(tensors: &[&TensorDesc]) -> u64 {
-    tensors.iter().map(|tensor| tensor.bytes() as u64).sum()
-}
-
 /// Checks x and the optional tensors that start at `inputs[1]`; returns the channel count.
 fn check_inputs(op: &str, inputs: &[&TensorDesc], fusion: Fusion) -> Result<usize> {
     let x = inputs[0];
@@ -174,9 +170,8 @@ impl Op for BatchNorm {
     }
 
     /// x is read again once its statistics are known, unless their sums were given.
-    fn bytes(&self, inputs: &[&TensorDesc], outputs: &[&TensorDesc]) -> u64 {
-        let again = if self.sums_given { 0 } else { inputs[0].bytes() as u64 };
-        total_bytes(inputs) + total_bytes(outputs) + again
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        if self.sums_given { tensors.once() } else { tensors.once().reading(tensors.inputs[0]) }
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
@@ -237,9 +232,16 @@ impl Op for BatchNormBackward {
         true
     }
 
-    /// d_y (or the residual's gradient in its stead) and x are read again once their sums are known.
-    fn bytes(&self, inputs: &[&TensorDesc], outputs: &[&TensorDesc]) -> u64 {
-        total_bytes(inputs) + total_bytes(outputs) + 2 * inputs[1].bytes() as u64
+    /// Once their sums are known x is read again, and d_y with its mask, or in their stead the residual's gradient if the first
+    /// pass has written it.
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        let [d_y, x] = [tensors.inputs[0], tensors.inputs[1]];
+        let traffic = tensors.once().reading(x).reading(d_y);
+        let masked = self.residual && !tensors.accumulates(tensors.outputs.len() - 1);
+        match tensors.inputs.last() {
+            Some(mask) if self.mask == Mask::Stored && !masked => traffic.reading(mask),
+            _ => traffic,
+        }
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {

@@ -29,7 +29,7 @@ pub(super) use cuda::KERNELS;
 use crate::backend::cpu::CpuIo;
 use crate::backend::cuda::library::Work;
 use crate::error::{Error, Result};
-use crate::graph::{GradBuilder, Op, Tape, ValueId};
+use crate::graph::{GradBuilder, Op, Tape, Tensors, Traffic, ValueId};
 use crate::ops::conv2d::gradient_dtype;
 use crate::ops::matmul::{Factor, Matmul};
 use crate::tensor::{DType, TensorDesc};
@@ -203,8 +203,10 @@ impl Op for GramNorm {
         self.product().flops(&inputs[..self.operands()])
     }
 
-    fn bytes(&self, inputs: &[&TensorDesc], outputs: &[&TensorDesc]) -> u64 {
-        self.product().bytes(&inputs[..self.operands()], outputs)
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        let mut operands = tensors.clone();
+        operands.inputs.truncate(self.operands());
+        self.product().traffic(&operands)
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {

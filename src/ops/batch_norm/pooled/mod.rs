@@ -9,11 +9,11 @@ use crate::backend::cpu::{CpuIo, Real};
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
-use crate::graph::{Again, GradBuilder, Op};
+use crate::graph::{Again, GradBuilder, Op, Tensors, Traffic};
 use crate::tensor::{DType, TensorDesc};
 
 use super::cpu::Coefficients;
-use super::{BatchNorm, BatchNormBackward, Fusion, Mask, cpu, repeat, total_bytes};
+use super::{BatchNorm, BatchNormBackward, Fusion, Mask, cpu, repeat};
 
 /// Windows of 3x3 with stride 2 and padding 1.
 const SIZE: usize = 3;
@@ -105,8 +105,8 @@ impl Op for BatchNormMaxPool {
     }
 
     /// x is read again once its statistics are known, unless their sums were given.
-    fn bytes(&self, inputs: &[&TensorDesc], outputs: &[&TensorDesc]) -> u64 {
-        self.norm.bytes(inputs, outputs)
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        self.norm.traffic(tensors)
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
@@ -190,8 +190,8 @@ impl Op for BatchNormMaxPoolBackward {
     }
 
     /// d_y, x and what was taken are read again once their sums are known.
-    fn bytes(&self, inputs: &[&TensorDesc], outputs: &[&TensorDesc]) -> u64 {
-        total_bytes(inputs) + total_bytes(outputs) + total_bytes(&[inputs[0], inputs[1], inputs[5]])
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        [0, 1, 5].into_iter().fold(tensors.once(), |traffic, i| traffic.reading(tensors.inputs[i]))
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
