@@ -68,11 +68,17 @@ fn in_float64_every_figure_is_the_same() {
 
 #[test]
 fn in_float32_only_rounding_differs() {
-    for (model, size) in [model(Block::Bottleneck, Stem::Imagenet), model(Block::Basic, Stem::Cifar)].into_iter().zip(SIZES) {
+    for (model, size) in
+        [model(Block::Bottleneck, Stem::Imagenet), model(Block::Basic, Stem::Cifar)].into_iter().zip(SIZES)
+    {
         let setting = Setting::new(model, size, DType::F32);
         let [together, sequential] = both(&setting, &cpu(), 2);
         sequential.agrees(&together, 2e-3, &format!("{setting:?}"));
-        assert_eq!(together.get("step 0: loss"), sequential.get("step 0: loss"), "the way forward is the same to the bit");
+        assert_eq!(
+            together.get("step 0: loss"),
+            sequential.get("step 0: loss"),
+            "the way forward is the same to the bit"
+        );
     }
 }
 
@@ -327,13 +333,19 @@ fn the_command_line_says_what_it_cannot_do() {
     let run = bench.run_path("refused");
     let args = |options: &'static str| {
         let args = ["train", bench.data.to_str().unwrap(), "--run", run.to_str().unwrap()];
-        args.map(String::from).into_iter().chain(OPTIONS.split_whitespace().chain(options.split_whitespace()).map(String::from))
+        args.map(String::from)
+            .into_iter()
+            .chain(OPTIONS.split_whitespace().chain(options.split_whitespace()).map(String::from))
     };
-    let fail = |options| common::fail(&args(options).collect::<Vec<_>>().iter().map(String::as_str).collect::<Vec<_>>());
+    let fail =
+        |options| common::fail(&args(options).collect::<Vec<_>>().iter().map(String::as_str).collect::<Vec<_>>());
     let message = fail("--device cpu --views sequential --stop-gradient false");
     assert!(message.contains("--views: expected together with --stop-gradient false"), "{message}");
     let message = fail("--device cpu --memory-budget 1kB");
-    assert!(message.contains("--memory-budget: expected at least") && message.contains("--views sequential"), "{message}");
+    assert!(
+        message.contains("--memory-budget: expected at least") && message.contains("--views sequential"),
+        "{message}"
+    );
     assert!(!Path::new(&run).join("config.toml").exists());
 }
 

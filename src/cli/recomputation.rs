@@ -4,9 +4,9 @@ use std::io::{self, Write};
 
 use serde_json::{Value, json};
 
-use super::plan::flops;
 use crate::graph::Tape;
 use crate::graph::budget::{Repetitions, Trade, repetitions};
+use crate::graph::ledger::flops;
 
 /// The repetitions of a step, and those among them that a budget asked for.
 pub struct Recomputation {

@@ -5,8 +5,8 @@ use rayon::prelude::*;
 use crate::backend::cpu::{CpuIo, Real};
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
-use crate::graph::{Again, Op};
 use crate::graph::op::dispatch_real;
+use crate::graph::{Again, Op};
 use crate::ops::batch_norm::sums::block_rows;
 use crate::tensor::TensorDesc;
 

@@ -5,8 +5,8 @@ use rayon::prelude::*;
 use crate::backend::cpu::{CpuIo, Real};
 use crate::backend::cuda::CudaIo;
 use crate::error::Result;
-use crate::graph::{Again, Op};
 use crate::graph::op::dispatch_real;
+use crate::graph::{Again, Op};
 use crate::ops::batch_norm::sums::{CHAIN, block_rows, group_sums, workspace_bytes};
 use crate::tensor::TensorDesc;
 

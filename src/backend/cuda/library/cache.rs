@@ -30,6 +30,8 @@ pub enum Algorithm {
     Cudnn(Engine),
     /// An algorithm of cuBLASLt's.
     CublasLt(#[serde(with = "hex")] cublaslt::Algorithm),
+    /// One of cuBLASLt's for a single product, which each group's is computed with.
+    CublasLtEach(#[serde(with = "hex")] cublaslt::Algorithm),
 }
 
 /// What choices hold for: with another device or version they are made anew.
@@ -200,7 +202,7 @@ mod tests {
 
     fn product(m: usize) -> Key {
         let (dtype, out) = (DType::Bf16, DType::F32);
-        let product = Product { m, n: 7, k: 9, a_transposed: true, b_transposed: false, bias: true, dtype, out };
+        let product = Product { groups: 2, bias: true, ..Product::new([m, 7, 9], [true, false], dtype, out) };
         Key { work: Work::Product(product), accumulate: true, choice: Choice { tf32: false, autotune: true } }
     }
 

@@ -10,7 +10,7 @@ functions! {
 }
 
 fn product(m: usize, n: usize, k: usize, a_transposed: bool, b_transposed: bool) -> Product {
-    Product { m, n, k, a_transposed, b_transposed, bias: true, dtype: DType::Bf16, out: DType::F32 }
+    Product { bias: true, ..Product::new([m, n, k], [a_transposed, b_transposed], DType::Bf16, DType::F32) }
 }
 
 /// What cuBLASLt computes: columns one after the other.
@@ -70,7 +70,7 @@ fn the_library_has_understood_the_descriptors() {
         }
     };
     let functions = Readers::load(search::find(Library::CublasLt).unwrap().library, "cuBLASLt").unwrap();
-    let described = Described::new(&library, &product(30, 50, 70, true, false), true).unwrap();
+    let described = Described::new(&library, &product(30, 50, 70, true, false), Calls::One, true).unwrap();
     let attribute = |get: unsafe extern "C" fn(Opaque, i32, *mut c_void, usize, *mut usize) -> i32,
                      raw: Opaque,
                      attribute: i32,
@@ -94,14 +94,14 @@ fn the_library_has_understood_the_descriptors() {
     assert_eq!(layout(0), [CUDA_R_16BF as u64, 0, 50, 70, 50]);
     assert_eq!(layout(1), [CUDA_R_16BF as u64, 0, 30, 70, 30]);
     assert_eq!(layout(2), [CUDA_R_32F as u64, 0, 50, 30, 50]);
-    let preferences = preferences(&library).unwrap();
+    let preferences = preferences(&library, &product(30, 50, 70, true, false)).unwrap();
     let preference =
         |which, size| attribute(functions.cublasLtMatmulPreferenceGetAttribute, preferences.raw, which, size);
     assert_eq!([preference(1, 8), preference(3, 4)], [SCRATCH as u64, 2]);
     assert_eq!([5, 6, 7, 8].map(|which| preference(which, 4)), [64; 4]);
     let tf32 = Product { dtype: DType::F32, ..product(2, 3, 4, false, false) };
     let compute = |tf32_allowed| {
-        let described = Described::new(&library, &tf32, tf32_allowed).unwrap();
+        let described = Described::new(&library, &tf32, Calls::One, tf32_allowed).unwrap();
         attribute(functions.cublasLtMatmulDescGetAttribute, described.operation.raw, 0, 4)
     };
     assert_eq!([false, true].map(compute), [68, 77]);
