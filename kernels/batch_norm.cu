@@ -322,6 +322,41 @@ __device__ __forceinline__ void apply(const T* __restrict__ x, const T* __restri
     });
 }
 
+// As `apply` without a residual, with partial sums of the columns of y as it is stored, [chunks of all groups][channels].
+template <int N, class T>
+__device__ __forceinline__ void apply_and_sum(const T* __restrict__ x, const float* __restrict__ mean,
+                                              const float* __restrict__ scale, const float* __restrict__ beta, bool relu, T* y,
+                                              float* __restrict__ partials, const RowTiles& tiles) {
+    const Tile<N> tile(tiles, gridDim.x - 1 - blockIdx.x);
+    Channels<N> of = {};
+    float sums[1][N] = {};
+    if (tile.inside) {
+        const int64_t of_group = tile.group * tiles.channels + tile.channel;
+        of.load_mean_and_beta(mean + of_group, beta ? beta + tile.channel : nullptr);
+        load(of.scale, scale + of_group);
+    }
+    for_rows<4>(tile, [&](int64_t i, auto count) {
+        constexpr int U = decltype(count)::value;
+        float v[U][N];
+        load_rows(v, x + i, tile.stride);
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            float stored[U];
+#pragma unroll
+            for (int u = 0; u < U; ++u) {
+                const float out = of.normalised(k, v[u][k]);
+                v[u][k] = relu && !(out > 0.0f) ? 0.0f : out;
+                stored[u] = to_float(from_float<T>(v[u][k]));
+            }
+            sums[0][k] += tree_sum(stored);
+        }
+        store_rows(y + i, v, tile.stride);
+    });
+    sum_over_rows(sums, tile, [&](int channel, const float(&totals)[1]) {
+        partials[tile.chunk * tiles.channels + channel] = totals[0];
+    });
+}
+
 // d_x = scale (g - offset - (x - mean) slope), with g as in `backward_reduce`; adds g to d_residual, unless that is null. The
 // two may be the same tensor.
 template <int N, int MASK, class T>
@@ -383,6 +418,14 @@ __device__ __forceinline__ void backward_apply(const T* __restrict__ d_y, const 
         });                                                                                                                 \
     }                                                                                                                       \
     EXPORT(batch_norm_apply_##S)                                                                                            \
+    KERNEL(TILE_THREADS)                                                                                                    \
+    batch_norm_apply_and_sum_##S(const T* x, const float* mean, const float* scale, const float* beta, int32_t relu, T* y,  \
+                                 float* partials, RowTiles tiles) {                                                         \
+        with_width<T>(tiles.channels, [&](auto n) {                                                                         \
+            apply_and_sum<decltype(n)::value>(x, mean, scale, beta, relu != 0, y, partials, tiles);                         \
+        });                                                                                                                 \
+    }                                                                                                                       \
+    EXPORT(batch_norm_apply_and_sum_##S)                                                                                    \
     KERNEL_RESIDENT(TILE_THREADS, 2)                                                                                        \
     batch_norm_backward_reduce_##S(const T* d_y, const T* x, int32_t masking, const uint8_t* mask, const float* mean,       \
                                    const float* rstd, const float* gamma, const float* beta, T* d_residual,                 \

@@ -1,34 +1,11 @@
 // Batch norm of a 1x1 convolution without its output (src/ops/gram_norm): sums over rows, the covariance, and the folding of
 // statistics into weights and of gradients out of them. The matrix products between them are cuBLASLt's.
 //
-// Traffic through device memory: group_sums reads x once, masked_sums reads d_y and y and writes g, centre reads x and writes
-// y. All others work on matrices of c_out x c_in, at most some tens of MB, which the cache answers for the most part.
+// Traffic through device memory: masked_sums reads d_y and y and writes g, centre reads x and writes y. All others work on matrices of c_out x c_in, at most some tens of MB, which the cache answers for the most part.
 #include "rows.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Sums over the rows of tiles. Grid: one block per tile. partials are [chunks of all groups][channels].
-
-// Partial sums of the columns of x.
-template <int N, class T>
-__device__ __forceinline__ void group_sums(const T* __restrict__ x, float* __restrict__ partials, const RowTiles& tiles) {
-    const Tile<N> tile(tiles, blockIdx.x);
-    float sums[1][N] = {};
-    for_rows<4>(tile, [&](int64_t i, auto count) {
-        constexpr int U = decltype(count)::value;
-        float v[U][N];
-        load_rows(v, x + i, tile.stride);
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-            float column[U];
-#pragma unroll
-            for (int u = 0; u < U; ++u) column[u] = v[u][k];
-            sums[0][k] += tree_sum(column);
-        }
-    });
-    sum_over_rows(sums, tile, [&](int channel, const float(&totals)[1]) {
-        partials[tile.chunk * tiles.channels + channel] = totals[0];
-    });
-}
 
 // g = d_y where y > 0, else 0; partial sums of its columns. As everywhere, a NaN in y lets nothing through.
 template <int N, class T>
@@ -57,26 +34,6 @@ __device__ __forceinline__ void masked_sums(const T* __restrict__ d_y, const T* 
         partials[tile.chunk * tiles.channels + channel] = totals[0];
     });
 }
-
-// sums[group][c] = factor times the sum of the partial sums of column c in `chunks` chunks. Grid: tiles of 32 columns, groups.
-constexpr int FINISH_THREADS = 256;
-KERNEL(FINISH_THREADS)
-gram_finish_sums(const float* partials, int32_t chunks, int32_t channels, double factor, float* sums) {
-    constexpr int WARPS = FINISH_THREADS / WARP;
-    __shared__ double scratch[WARPS][WARP];
-    const int lane = int(threadIdx.x) % WARP, warp = int(threadIdx.x) / WARP, c = int(blockIdx.x) * WARP + lane;
-    const float* const of_group = partials + int64_t{blockIdx.y} * chunks * channels;
-    double sum = 0.0;
-    if (c < channels) {
-        for (int chunk = warp; chunk < chunks; chunk += WARPS) sum += double(of_group[int64_t{chunk} * channels + c]);
-    }
-    scratch[warp][lane] = sum;
-    __syncthreads();
-    if (warp > 0 || c >= channels) return;
-    for (int other = 1; other < WARPS; ++other) sum += scratch[other][lane];
-    sums[int64_t{blockIdx.y} * channels + c] = float(sum * factor);
-}
-EXPORT(gram_finish_sums)
 
 // ---------------------------------------------------------------------------------------------------------------------
 
@@ -243,10 +200,6 @@ __device__ __forceinline__ void shift(const float* __restrict__ m, const float* 
 // ---------------------------------------------------------------------------------------------------------------------
 
 #define INSTANTIATE(T, S)                                                                                                   \
-    KERNEL(TILE_THREADS) gram_group_sums_##S(const T* x, float* partials, RowTiles tiles) {                                 \
-        with_width<T>(tiles.channels, [&](auto n) { group_sums<decltype(n)::value>(x, partials, tiles); });                 \
-    }                                                                                                                       \
-    EXPORT(gram_group_sums_##S)                                                                                             \
     KERNEL(TILE_THREADS)                                                                                                    \
     gram_masked_sums_##S(const T* d_y, const T* y, T* g, float* partials, RowTiles tiles) {                                 \
         with_width<T>(tiles.channels, [&](auto n) { masked_sums<decltype(n)::value>(d_y, y, g, partials, tiles); });        \

@@ -80,7 +80,7 @@ impl Case {
             Route::Standard => {
                 let y = tape.record_one(Conv2d::new([self.stride; 2], [0; 2]), &[x, weight]).unwrap();
                 let fusion = Fusion { affine: true, residual: self.residual, relu };
-                let op = BatchNorm { groups, eps, momentum, fusion, sums_given: false };
+                let op = BatchNorm { groups, eps, momentum, fusion, sums_given: false, means: false };
                 let inputs: Vec<ValueId> = [y, gamma, beta].into_iter().chain(residual).collect();
                 tape.record_updating(op, &inputs, &running).unwrap()[0]
             }
@@ -90,7 +90,7 @@ impl Case {
                     stride => tape.record_one(Subsample { stride }, &[x]).unwrap(),
                 };
                 let layer = Layer { groups, eps, momentum, relu };
-                let operands = Operands { z, w: weight, gamma, beta, residual, running };
+                let operands = Operands { z, mean: None, w: weight, gamma, beta, residual, running };
                 gram_norm::record(&mut tape, layer, &operands).unwrap()
             }
         };

@@ -66,6 +66,8 @@ pub struct Tensors<'a> {
     pub outputs: Vec<(&'a TensorDesc, WriteMode)>,
     /// What is changed in place.
     pub updates: Vec<&'a TensorDesc>,
+    /// Bytes of inputs that are one tensor under two numbers: it is read once.
+    pub repeated: u64,
 }
 
 impl<'a> Tensors<'a> {
@@ -74,7 +76,9 @@ impl<'a> Tensors<'a> {
         let descs = |ids: &[ValueId]| -> Vec<&'a TensorDesc> { ids.iter().map(|&id| tape.desc(id)).collect() };
         let modes = modes.iter().copied().chain(std::iter::repeat(WriteMode::Overwrite));
         let outputs = descs(&node.outputs).into_iter().zip(modes).collect();
-        Tensors { inputs: descs(&node.inputs), outputs, updates: descs(&node.updates) }
+        let again = |&(i, id): &(usize, &ValueId)| node.inputs[..i].contains(id);
+        let repeated = node.inputs.iter().enumerate().filter(again).map(|(_, &id)| tape.desc(id).bytes() as u64).sum();
+        Tensors { inputs: descs(&node.inputs), outputs, updates: descs(&node.updates), repeated }
     }
 
     /// Whether output `i` is added to what is there.
@@ -89,7 +93,7 @@ impl<'a> Tensors<'a> {
         let added_to = self.outputs.iter().filter(|(_, mode)| *mode == WriteMode::Accumulate).map(|(tensor, _)| tensor);
         let updates: u64 = self.updates.iter().map(bytes).sum();
         Traffic {
-            read: self.inputs.iter().chain(added_to).map(bytes).sum::<u64>() + updates,
+            read: self.inputs.iter().chain(added_to).map(bytes).sum::<u64>() - self.repeated + updates,
             written: self.outputs.iter().map(|(tensor, _)| bytes(tensor)).sum::<u64>() + updates,
         }
     }
@@ -148,9 +152,9 @@ mod tests {
         let plan = Plan::new(&tape, Target::Cuda).unwrap();
         let traffic: Vec<Traffic> = entries(&tape, &plan).iter().map(|entry| entry.traffic).collect();
         let bytes = 7 * 3 * 2;
-        let expected = [[2, 1], [1, 1], [2, 1]]; // the sum, the first part of d_x, the second one
+        let expected = [[1, 1], [1, 1], [2, 1]]; // the sum of x and itself, the first part of d_x, the second one
         assert_eq!(traffic, expected.map(|[read, written]| Traffic { read: read * bytes, written: written * bytes }));
-        assert_eq!(traffic.into_iter().sum::<Traffic>().total(), 8 * bytes);
+        assert_eq!(traffic.into_iter().sum::<Traffic>().total(), 7 * bytes);
     }
 
     #[test]

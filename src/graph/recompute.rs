@@ -72,7 +72,8 @@ impl Repeat {
     pub fn traffic(&self, tape: &Tape) -> u64 {
         let desc = |&value: &ValueId| tape.desc(value);
         let outputs = self.outputs.iter().map(|value| (desc(value), WriteMode::Overwrite)).collect();
-        let tensors = Tensors { inputs: self.inputs.iter().map(desc).collect(), outputs, updates: Vec::new() };
+        let inputs = self.inputs.iter().map(desc).collect();
+        let tensors = Tensors { inputs, outputs, updates: Vec::new(), repeated: 0 };
         self.op.traffic(&tensors).total()
     }
 }

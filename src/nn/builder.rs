@@ -42,13 +42,15 @@ pub struct Norm {
     pub relu: bool,
     /// Added before the ReLU.
     pub residual: Option<ValueId>,
+    /// Whether the means of its output are wanted, by a layer of [`Builder::is_gram`] behind it.
+    pub means: bool,
     /// Start value of gamma: 0 for the last one of a residual block.
     pub gamma: f64,
 }
 
 impl Norm {
     /// Affine, no ReLU, no residual, gamma 1.
-    pub const PLAIN: Norm = Norm { affine: true, relu: false, residual: None, gamma: 1.0 };
+    pub const PLAIN: Norm = Norm { affine: true, relu: false, residual: None, means: false, gamma: 1.0 };
     /// Affine with ReLU.
     pub const RELU: Norm = Norm { relu: true, ..Norm::PLAIN };
 }
@@ -87,6 +89,8 @@ pub struct Builder<'t> {
     dtype: DType,
     /// The sums that a convolution has computed of its result.
     sums: HashMap<ValueId, ValueId>,
+    /// The means of what a batch norm has made, over the rows of each group.
+    means: HashMap<ValueId, ValueId>,
     /// Weights as layers take them: in the activations' type, padded.
     prepared: HashMap<ValueId, ValueId>,
 }
@@ -103,6 +107,7 @@ impl<'t> Builder<'t> {
             epilogues: Epilogues::default(),
             dtype,
             sums: HashMap::new(),
+            means: HashMap::new(),
             prepared: HashMap::new(),
         }
     }
@@ -162,6 +167,23 @@ impl<'t> Builder<'t> {
         Ok(outputs[0])
     }
 
+    /// Whether the convolution `name` with so many channels, kernel and padding is one whose result is not formed.
+    pub fn is_gram(&self, name: &str, [c_in, c_out]: [usize; 2], [kernel, padding]: [usize; 2]) -> bool {
+        let possible = kernel == 1 && padding == 0 && c_out > c_in && matches!(self.mode, Mode::Train { .. });
+        possible && self.epilogues.gram.contain(name, kernel, [c_in, c_out])
+    }
+
+    /// The pixels that a 1x1 convolution with a stride reads.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn subsample(&mut self, name: &str, x: ValueId, stride: usize) -> Result<ValueId> {
+        match stride {
+            1 => Ok(x),
+            _ => self.tape.scoped(name, |tape| tape.record_one(Subsample { stride }, &[x])),
+        }
+    }
+
     /// A convolution that [`Builder::norm_of`] goes on from.
     ///
     /// # Errors
@@ -174,16 +196,13 @@ impl<'t> Builder<'t> {
         [kernel, stride, padding]: [usize; 3],
     ) -> Result<Convolved> {
         let c_in = self.tape.desc(x).shape.channels();
-        let gram = kernel == 1 && padding == 0 && c_out > c_in && self.epilogues.gram.contain(name, 1, [c_in, c_out]);
+        let gram = self.is_gram(name, [c_in, c_out], [kernel, padding]);
         let (Mode::Train { groups }, true) = (self.mode, gram) else {
             return self.conv(name, x, c_out, [kernel, stride, padding]).map(Convolved::Formed);
         };
         let desc = TensorDesc::new([c_out, kernel, kernel, c_in], self.master());
         let w = self.param(&format!("{name}.weight"), desc, Init::kaiming_fan_out([kernel; 2], c_out));
-        let x = match stride {
-            1 => x,
-            _ => self.tape.scoped(name, |tape| tape.record_one(Subsample { stride }, &[x]))?,
-        };
+        let x = self.subsample(name, x, stride)?;
         Ok(Convolved::Unformed { x, w, groups })
     }
 
@@ -199,7 +218,8 @@ impl<'t> Builder<'t> {
         let c_out = self.tape.desc(w).shape.rows();
         let (affine, running) = self.batch_norm_leaves(name, c_out, norm);
         let layer = Layer { groups, eps: EPS, momentum: MOMENTUM, relu: norm.relu };
-        let operands = Operands { z: x, w, gamma: affine[0], beta: affine[1], residual: norm.residual, running };
+        let mean = self.means.get(&x).copied();
+        let operands = Operands { z: x, mean, w, gamma: affine[0], beta: affine[1], residual: norm.residual, running };
         self.tape.scoped(conv, |tape| gram_norm::record(tape, layer, &operands))
     }
 
@@ -279,19 +299,30 @@ impl<'t> Builder<'t> {
         let [running_mean, running_var, _] = updates;
         let fusion = Fusion { affine: norm.affine, residual: norm.residual.is_some(), relu: norm.relu };
         let (mode, sums) = (self.mode, self.sums.get(&x).copied());
-        self.tape.scoped(name, |tape| match mode {
+        let (y, means) = self.tape.scoped(name, |tape| match mode {
             Mode::Train { groups } => {
                 let inputs = [x].into_iter().chain(affine).chain(norm.residual).chain(sums);
                 let inputs: Vec<ValueId> = inputs.collect();
-                let op = BatchNorm { groups, eps: EPS, momentum: MOMENTUM, fusion, sums_given: sums.is_some() };
-                Ok(tape.record_updating(op, &inputs, &updates)?[0])
+                let op = BatchNorm {
+                    groups,
+                    eps: EPS,
+                    momentum: MOMENTUM,
+                    fusion,
+                    sums_given: sums.is_some(),
+                    means: norm.means,
+                };
+                let outputs = tape.record_updating(op, &inputs, &updates)?;
+                let means = outputs.last().copied().filter(|_| norm.means);
+                Ok((outputs[0], means))
             }
             Mode::Eval => {
                 let inputs: Vec<ValueId> =
                     [x, running_mean, running_var].into_iter().chain(affine).chain(norm.residual).collect();
-                tape.record_one(BatchNormEval { eps: EPS, fusion }, &inputs)
+                Ok((tape.record_one(BatchNormEval { eps: EPS, fusion }, &inputs)?, None))
             }
-        })
+        })?;
+        self.means.extend(means.map(|means| (y, means)));
+        Ok(y)
     }
 
     /// Takes the parameter `name` out of training.

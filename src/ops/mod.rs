@@ -9,6 +9,7 @@ pub mod conv2d;
 pub mod cosine_loss;
 pub mod cross_entropy;
 pub mod gram_norm;
+pub mod group_sums;
 pub mod knn;
 pub mod lars;
 pub mod layout;
@@ -40,6 +41,7 @@ pub fn cuda_kernels() -> Vec<&'static Kernel> {
         cosine_loss::cuda::KERNELS,
         cross_entropy::cuda::KERNELS,
         gram_norm::KERNELS,
+        group_sums::cuda::KERNELS,
         knn::cuda::KERNELS,
         lars::cuda::KERNELS,
         loss_scale::cuda::KERNELS,

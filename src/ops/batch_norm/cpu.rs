@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use crate::backend::cpu::{CpuIo, Real};
 
 use super::pooled::Pooled;
-use super::sums::{block_rows, group_sums};
+use super::sums::{CHAIN, block_rows, group_sums};
 use super::{BatchNorm, BatchNormBackward, BatchNormEval, Fusion, Mask, pack};
 
 /// Per-channel coefficients of one group: `y = (x - mean) scale + beta`.
@@ -30,18 +30,43 @@ fn apply<T: Real>(y: &mut [T], x: &[T], residual: Option<&[T]>, relu: bool, k: &
         let x = &x[i * chunk..][..y.len()];
         let residual = residual.map(|r| &r[i * chunk..][..x.len()]);
         for (row, y) in y.chunks_exact_mut(channels).enumerate() {
-            let x = &x[row * channels..][..channels];
-            for c in 0..channels {
-                y[c] = k.normalised(c, x[c]);
-            }
-            if let Some(residual) = residual {
-                y.iter_mut().zip(&residual[row * channels..]).for_each(|(y, r)| *y += *r);
-            }
-            if relu {
-                y.iter_mut().for_each(|y| *y = if *y > T::ZERO { *y } else { T::ZERO });
-            }
+            apply_row(y, &x[row * channels..], residual.map(|r| &r[row * channels..]), relu, k);
         }
     });
+}
+
+fn apply_row<T: Real>(y: &mut [T], x: &[T], residual: Option<&[T]>, relu: bool, k: &Coefficients<T>) {
+    let channels = k.mean.len();
+    let (y, x) = (&mut y[..channels], &x[..channels]);
+    for c in 0..channels {
+        y[c] = k.normalised(c, x[c]);
+    }
+    if let Some(residual) = residual {
+        y.iter_mut().zip(residual).for_each(|(y, r)| *y += *r);
+    }
+    if relu {
+        y.iter_mut().for_each(|y| *y = if *y > T::ZERO { *y } else { T::ZERO });
+    }
+}
+
+/// As [`apply`] without a residual; returns the sums of the columns of y: of short chains in the tensor's type.
+fn apply_and_sum<T: Real>(y: &mut [T], x: &[T], relu: bool, k: &Coefficients<T>) -> Vec<f64> {
+    let channels = k.mean.len();
+    let chunk = block_rows(x.len() / channels) * channels;
+    let of_block = |(y, x): (&mut [T], &[T])| {
+        let (mut sums, mut chain) = (vec![0.0; channels], vec![T::ZERO; channels]);
+        for (y, x) in y.chunks_mut(CHAIN * channels).zip(x.chunks(CHAIN * channels)) {
+            chain.fill(T::ZERO);
+            for (y, x) in y.chunks_exact_mut(channels).zip(x.chunks_exact(channels)) {
+                apply_row(y, x, None, relu, k);
+                chain.iter_mut().zip(&*y).for_each(|(sum, y)| *sum += *y);
+            }
+            sums.iter_mut().zip(&chain).for_each(|(sum, chain)| *sum += chain.to_f64());
+        }
+        sums
+    };
+    let of_blocks: Vec<Vec<f64>> = y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).map(of_block).collect();
+    (0..channels).map(|c| of_blocks.iter().map(|sums| sums[c]).sum()).collect()
 }
 
 /// Computes the statistics of x, the first input, into the outputs `mean` and `rstd` and the running statistics; returns what
@@ -90,6 +115,9 @@ pub(super) fn statistics<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) -> Vec<Coe
 
 pub(super) fn forward<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) {
     let groups = statistics::<T>(op, io);
+    if op.means {
+        return apply_with_means(op.fusion, &groups, io);
+    }
     apply_groups(op.fusion, &groups, io, [op.fusion.residual_input(), 3]);
 }
 
@@ -108,6 +136,20 @@ fn apply_groups<T: Real>(fusion: Fusion, groups: &[Coefficients<T>], io: &mut Cp
         let pack = pack(io.inputs[0].desc);
         let (head, tail) = io.outputs.split_at_mut(mask);
         store_mask(tail[0].get::<u8>(), head[0].get::<T>(), pack);
+    }
+}
+
+/// As [`apply_groups`] without a residual; the last output are the means of y.
+fn apply_with_means<T: Real>(fusion: Fusion, groups: &[Coefficients<T>], io: &mut CpuIo<'_>) {
+    let x = io.inputs[0].get::<T>();
+    let (group_len, channels) = (x.len() / groups.len(), io.inputs[0].desc.shape.channels());
+    let rows = (group_len / channels) as f64;
+    for (group, k) in groups.iter().enumerate() {
+        let y = &mut io.outputs[0].get::<T>()[group * group_len..][..group_len];
+        let sums = apply_and_sum(y, &x[group * group_len..][..group_len], fusion.relu, k);
+        let last = io.outputs.len() - 1;
+        let means = &mut io.outputs[last].get::<T>()[group * channels..];
+        means.iter_mut().zip(&sums).for_each(|(mean, sum)| *mean = T::of(sum / rows));
     }
 }
 

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
 use crate::graph::{Again, GradBuilder, Op, Tensors, Traffic};
 use crate::ops::conv2d::gradient_dtype;
+use crate::ops::group_sums::cuda::partials_bytes;
 use crate::ops::row_tiles::Rows;
 use crate::tensor::{DType, TensorDesc};
 
@@ -76,7 +77,8 @@ fn pack(x: &TensorDesc) -> usize {
 /// outermost dimension is split into `groups` equal parts (the views), each normalised by its own mean and biased variance.
 /// With `sums_given` the last input is `[groups, 2, c]`: the sums of x and of x^2, which the convolution that made x has
 /// computed (see `Conv2d`). Without a shift they cancel in the variance where a mean is many times the spread.
-/// Outputs y (like x), mean `[groups, c]`, rstd `[groups, c]`; behind a residual and ReLU the mask y > 0 as well.
+/// Outputs y (like x), mean `[groups, c]`, rstd `[groups, c]`; behind a residual and ReLU the mask y > 0 as well; with `means`
+/// the means of y `[groups, c]`, over the rows of each group.
 /// Updates running_mean `[c]` and running_var `[c]` once per group in order (`r = (1 - momentum) r + momentum s`, with the
 /// unbiased variance), and num_batches_tracked by the number of groups: PyTorch's behaviour for one forward per view.
 #[derive(Debug, Clone, Copy)]
@@ -91,6 +93,8 @@ pub struct BatchNorm {
     pub fusion: Fusion,
     /// Whether the sums of x and of x^2 come as an input.
     pub sums_given: bool,
+    /// Whether the means of y are an output, which whoever goes on from them (`gram_norm`) needs no pass over y for.
+    pub means: bool,
 }
 
 /// Checks x and the optional tensors that start at `inputs[1]`; returns the channel count.
@@ -137,8 +141,13 @@ impl Op for BatchNorm {
                 sums => return Err(Error::shape("batch_norm", "sums", expected, sums.unwrap_or(&x))),
             }
         }
+        if self.means && self.fusion.residual {
+            return Err(Error::shape("batch_norm", "means of y", "none behind a residual", "a residual"));
+        }
+        let means = self.means.then(|| statistics.clone());
         let mut outputs = vec![x.clone(), statistics.clone(), statistics];
         outputs.extend((self.fusion.mask() == Mask::Stored).then(|| mask_desc(x)));
+        outputs.extend(means);
         Ok(outputs)
     }
 
@@ -181,6 +190,7 @@ impl Op for BatchNorm {
 
     fn cuda_workspace(&self, inputs: &[&TensorDesc]) -> usize {
         match self.sums_given {
+            true if self.means => cuda::scale_bytes(inputs[0], self.groups) + partials_bytes(inputs[0], self.groups),
             true => cuda::scale_bytes(inputs[0], self.groups),
             false => cuda::workspace_bytes(&Rows::new(inputs[0], self.groups), 1),
         }

@@ -2,10 +2,10 @@
 #![allow(unsafe_code)] // launches
 
 use crate::backend::cuda::kernel::kernels;
-use crate::backend::cuda::{CudaIo, DeviceOutput, DevicePtr, Grid};
+use crate::backend::cuda::{CudaIo, DevicePtr, Grid};
 use crate::error::Result;
+use crate::ops::group_sums;
 use crate::ops::row_tiles::{RowTiles, Rows};
-use crate::tensor::TensorDesc;
 
 use super::covariance::Covariance;
 use super::fold::Fold;
@@ -13,14 +13,10 @@ use super::fold_backward::FoldBackward;
 use super::shift::Shift;
 
 kernels! { "gram_norm";
-    /// Partial sums of the columns of x.
-    fn gram_group_sums[F32, Bf16, F16; 256](x: DevicePtr, partials: DevicePtr, tiles: RowTiles);
     /// g = d_y where y > 0, and partial sums of its columns.
     fn gram_masked_sums[F32, Bf16, F16; 256](
         d_y: DevicePtr, y: DevicePtr, g: DevicePtr, partials: DevicePtr, tiles: RowTiles,
     );
-    /// Adds partial sums up, times a factor.
-    fn gram_finish_sums[; 256](partials: DevicePtr, chunks: i32, channels: i32, factor: f64, sums: DevicePtr);
     /// y = x - mean
     fn gram_centre[F32, Bf16, F16; 256](x: DevicePtr, mean: DevicePtr, y: DevicePtr, tiles: RowTiles);
     /// Covariances of sums of products.
@@ -49,39 +45,16 @@ kernels! { "gram_norm";
 /// Warps of a block that folds, one for each channel.
 const FOLD_WARPS: usize = 4;
 
-/// Scratch for a sum of each channel and tile.
-pub(super) fn partials_bytes(x: &TensorDesc, groups: usize) -> usize {
-    let rows = Rows::new(x, groups);
-    groups * rows.chunks(rows.summing()) * rows.channels * size_of::<f32>()
-}
-
-/// Sums of the columns of input 0 over the rows of each group, times `factor`, into output 0.
-pub(super) fn group_sums(io: &CudaIo<'_>, groups: usize, factor: f64) -> Result<()> {
-    let rows = Rows::new(io.inputs[0].desc, groups);
-    let tiles = rows.summing();
-    let call = gram_group_sums(io.dtype(), io.inputs[0].ptr, io.workspace, tiles);
-    // SAFETY: the tiles are those of x, and `cuda_workspace` counted a sum for each of their channels.
-    unsafe { io.launch(rows.grid(tiles), call)? };
-    finish_sums(io, &rows, factor, &io.outputs[0])
-}
-
 /// Output 0 is input 0 where input 1 is greater than 0; output 1 its sums.
 pub(super) fn masked(io: &CudaIo<'_>, groups: usize) -> Result<()> {
     let rows = Rows::new(io.inputs[0].desc, groups);
     let tiles = rows.summing();
     let [d_y, y] = [0, 1].map(|i| io.inputs[i].ptr);
     let call = gram_masked_sums(io.dtype(), d_y, y, io.outputs[0].ptr, io.workspace, tiles);
-    // SAFETY: `infer` checked that y is like d_y and made g so; the rest as for `group_sums`.
+    // SAFETY: `infer` checked that y is like d_y and made g so; `cuda_workspace` counted a sum for each channel of the tiles.
     unsafe { io.launch(rows.grid(tiles), call)? };
-    finish_sums(io, &rows, 1.0, &io.outputs[1])
-}
-
-fn finish_sums(io: &CudaIo<'_>, rows: &Rows, factor: f64, sums: &DeviceOutput<'_>) -> Result<()> {
-    let (chunks, channels) = (rows.chunks(rows.summing()) as i32, rows.channels as i32);
-    let call = gram_finish_sums(io.workspace, chunks, channels, factor, sums.ptr);
-    let grid = Grid::new([rows.channels.div_ceil(32) as u32, rows.groups as u32, 1]);
-    // SAFETY: the launch before filled `chunks` sums of each channel and group; `infer` made the result [groups, channels].
-    unsafe { io.launch(grid, call) }
+    // SAFETY: the launch before filled these sums; `infer` made output 1 [groups, channels].
+    unsafe { group_sums::cuda::finish(io, &rows, io.workspace, 1.0, io.outputs[1].ptr) }
 }
 
 pub(super) fn centre(io: &CudaIo<'_>, groups: usize) -> Result<()> {

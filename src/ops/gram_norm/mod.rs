@@ -21,8 +21,8 @@ mod covariance;
 mod cuda;
 mod fold;
 mod fold_backward;
+mod masked;
 mod shift;
-mod sums;
 
 pub(super) use cuda::KERNELS;
 
@@ -31,14 +31,15 @@ use crate::backend::cuda::library::Work;
 use crate::error::{Error, Result};
 use crate::graph::{GradBuilder, Op, Tape, Tensors, Traffic, ValueId};
 use crate::ops::conv2d::gradient_dtype;
+use crate::ops::group_sums::{GroupMeans, GroupSums};
 use crate::ops::matmul::{Factor, Matmul};
 use crate::tensor::{DType, TensorDesc};
 
 use covariance::{Centre, Covariance};
 use fold::Fold;
 use fold_backward::FoldBackward;
+use masked::Masked;
 use shift::Shift;
-use sums::{GroupMeans, GroupSums, Masked};
 
 /// Attributes of a layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -58,6 +59,8 @@ pub struct Layer {
 pub struct Operands {
     /// Its input, `[n, h, w, c_in]`.
     pub z: ValueId,
+    /// The means of its columns over the rows of each group, `[groups, c_in]`, where who made it has them.
+    pub mean: Option<ValueId>,
     /// The convolution's weight, `[c_out, 1, 1, c_in]` in float32 (float64 of float64).
     pub w: ValueId,
     /// Batch norm's gamma, `[c_out]`.
@@ -78,7 +81,10 @@ pub fn record(tape: &mut Tape, layer: Layer, of: &Operands) -> Result<ValueId> {
     let Layer { groups, eps, momentum, relu } = layer;
     let (desc, c_out) = (tape.desc(of.z).clone(), tape.desc(of.w).shape.rows());
     let rows = check_rows(&desc, groups)?;
-    let mean = tape.record_one(GroupMeans { groups }, &[of.z])?;
+    let mean = match of.mean {
+        Some(mean) => mean,
+        None => tape.record_one(GroupMeans { groups }, &[of.z])?,
+    };
     let centred = squares_centred(desc.dtype);
     let d = if centred { tape.record_one(Centre { groups }, &[of.z, mean])? } else { of.z };
     let splits = splits(rows, groups, [desc.shape.channels(); 2]);

@@ -37,7 +37,7 @@ impl BatchNormMaxPool {
     /// With the constants of a batch norm, and whether the sums come as an input: see [`BatchNorm`].
     pub fn new(groups: usize, eps: f64, momentum: f64, sums_given: bool) -> BatchNormMaxPool {
         let fusion = Fusion { affine: true, residual: false, relu: true };
-        BatchNormMaxPool { norm: BatchNorm { groups, eps, momentum, fusion, sums_given } }
+        BatchNormMaxPool { norm: BatchNorm { groups, eps, momentum, fusion, sums_given, means: false } }
     }
 }
 
