@@ -58,7 +58,7 @@ pub struct PlanArgs {
     /// Side in pixels of the stored images that a CUDA device makes the views of, as `prepare` stores them.
     #[arg(long, value_name = "PIXELS", default_value_t = 256)]
     stored_size: usize,
-    /// How many of the largest buffers to list.
+    /// How many of the largest buffers to list; with --ledger, of the nodes that take most time.
     #[arg(long, value_name = "N", default_value_t = 10)]
     top: usize,
     /// Print JSON, sizes in bytes.

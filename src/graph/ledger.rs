@@ -3,7 +3,8 @@
 //! What is counted is what kernels and libraries ask of memory, pass by pass: a tensor that is read again after all of it was
 //! seen counts again, one that is added to is read and written, and pixels that no window of a convolution covers are not read.
 //! Within a pass each element counts once, however many windows or blocks share it: caches answer the rest. A second pass over
-//! a tensor that fits a cache may be answered there as well, so that such a node may run faster than the ledger says.
+//! a tensor that fits a cache may be answered there as well, so that such a node may run faster than the ledger says. The CPU's
+//! implementations pass over their tensors about as often; `profile` holds them against the same figures.
 //!
 //! Left out are scratch that caches answer (partial sums of a few megabytes at most, in all below 0.3 % of a step of ResNet-50;
 //! the unfinished views of the augmentation, which are made in portions for this very purpose; what libraries split off) and

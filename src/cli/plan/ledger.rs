@@ -219,6 +219,7 @@ impl<'a> Ledger<'a> {
         writeln!(out)?;
         columns(out, 1, [heads].into_iter().chain(parts.map(row)))?;
 
+        writeln!(out, "\nbelow: MB and GFLOP of a view, times of a step")?;
         let kind = |(op, phase, cost): (&str, Phase, Cost)| {
             self.row([op, phase.name(), &cost.nodes.to_string()].map(String::from), &cost)
         };
@@ -248,8 +249,7 @@ impl<'a> Ledger<'a> {
         [a, b, c]: [&str; 3],
         rows: impl Iterator<Item = [String; 10]>,
     ) -> io::Result<()> {
-        let heads =
-            [a, b, c, "MB read", "MB written", "MB a view", "GFLOP", "time", "share", "bound by"].map(String::from);
+        let heads = [a, b, c, "MB read", "MB written", "MB", "GFLOP", "time", "share", "bound by"].map(String::from);
         writeln!(out)?;
         columns(out, 3, [heads].into_iter().chain(rows))
     }
