@@ -135,6 +135,14 @@ impl GradBuilder<'_> {
     }
 
     fn push(&mut self, op: Arc<dyn Op>, name: String, inputs: Vec<ValueId>, outputs: Vec<ValueId>) {
-        self.tape.push_node(Node { op, name, phase: Phase::Backward, inputs, outputs, updates: Vec::new(), again: false });
+        self.tape.push_node(Node {
+            op,
+            name,
+            phase: Phase::Backward,
+            inputs,
+            outputs,
+            updates: Vec::new(),
+            again: false,
+        });
     }
 }

@@ -140,7 +140,8 @@ pub fn fit(tape: &Tape, target: Target, budget: MemoryBudget) -> Result<(Tape, T
         return Ok((fitted, trade));
     }
     let [least, asked] = [reached, limit].map(|bytes| format!("{:.1} MB", bytes as f64 / 1e6));
-    let what = format!("expected at least {least}, which the step takes when all is recomputed that helps, got {asked}");
+    let what =
+        format!("expected at least {least}, which the step takes when all is recomputed that helps, got {asked}");
     Err(Error::config("--memory-budget", what).with_hint("use --views sequential, --bn gram, or a smaller --batch"))
 }
 

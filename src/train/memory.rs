@@ -44,7 +44,9 @@ mod tests {
 
     #[test]
     fn choices_survive_the_configuration() {
-        for (views, budget) in [(Views::Together, None), (Views::Sequential, Some("24GB")), (Views::Together, Some("min"))] {
+        for (views, budget) in
+            [(Views::Together, None), (Views::Sequential, Some("24GB")), (Views::Together, Some("min"))]
+        {
             let choice = MemoryChoice { views, budget: budget.map(|text| text.parse().unwrap()) };
             let text = toml::to_string(&choice).unwrap();
             assert_eq!(toml::from_str::<MemoryChoice>(&text).unwrap(), choice, "{text}");
@@ -54,7 +56,9 @@ mod tests {
 
     #[test]
     fn sizes_are_decimal_unless_they_say_otherwise() {
-        for (text, bytes) in [("24G", 24_000_000_000), ("24GB", 24_000_000_000), ("500M", 500_000_000), ("3GiB", 3 << 30)] {
+        for (text, bytes) in
+            [("24G", 24_000_000_000), ("24GB", 24_000_000_000), ("500M", 500_000_000), ("3GiB", 3 << 30)]
+        {
             assert_eq!(text.parse(), Ok(MemoryBudget::Bytes(bytes)), "{text}");
         }
         for text in ["", "0", "much", "-3GB"] {

@@ -54,7 +54,8 @@ impl Setting {
 
     /// Trains `steps` steps of a recorded tape after `rewrite`.
     pub fn train(&self, device: &Device, views: Views, steps: usize, rewrite: impl FnOnce(Tape) -> Tape) -> Trained {
-        let TrainGraph { tape, views, step_params, loss, z_std, z, params, momenta, gradients, .. } = self.record(views);
+        let TrainGraph { tape, views, step_params, loss, z_std, z, params, momenta, gradients, .. } =
+            self.record(views);
         let mut exec = device.poisoned_executor(rewrite(tape)).unwrap();
         write_initial(&mut *exec, &params, 5).unwrap();
         for (_, momentum) in &momenta {

@@ -95,12 +95,7 @@ pub(super) fn forward<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) {
 
 /// y, the first output, from x, the first input; where the residual is among the inputs and the mask among the outputs, if they
 /// are there, the caller says.
-fn apply_groups<T: Real>(
-    fusion: Fusion,
-    groups: &[Coefficients<T>],
-    io: &mut CpuIo<'_>,
-    [residual, mask]: [usize; 2],
-) {
+fn apply_groups<T: Real>(fusion: Fusion, groups: &[Coefficients<T>], io: &mut CpuIo<'_>, [residual, mask]: [usize; 2]) {
     let x = io.inputs[0].get::<T>();
     let residual = fusion.residual.then(|| io.inputs[residual].get::<T>());
     let group_len = x.len() / groups.len();
