@@ -2,10 +2,11 @@
 
 use simsiam_engine::backend::cpu::Tier;
 use simsiam_engine::exec::Device;
+use simsiam_engine::nn::views::Views;
 use simsiam_engine::tensor::DType;
 
-fn replay(device: &Device, dtypes: &[DType]) {
-    let outcomes = simsiam_engine::selftest::run(None, device, dtypes, |_| ()).unwrap();
+fn replay(device: &Device, dtypes: &[DType], views: Views) {
+    let outcomes = simsiam_engine::selftest::run(None, device, dtypes, views, |_| ()).unwrap();
     assert_eq!(outcomes.len(), 6);
     for outcome in &outcomes {
         println!(
@@ -19,12 +20,17 @@ fn replay(device: &Device, dtypes: &[DType]) {
 
 #[test]
 fn direct_tier_agrees_with_pytorch() {
-    replay(&Device::Cpu(Tier::Direct), &[DType::F64, DType::F32]);
+    replay(&Device::Cpu(Tier::Direct), &[DType::F64, DType::F32], Views::Together);
+}
+
+#[test]
+fn one_view_after_the_other_agrees_with_pytorch() {
+    replay(&Device::Cpu(Tier::Direct), &[DType::F64, DType::F32], Views::Sequential);
 }
 
 #[test]
 fn reference_tier_agrees_with_pytorch() {
-    replay(&Device::Cpu(Tier::Reference), &[DType::F64, DType::F32]);
+    replay(&Device::Cpu(Tier::Reference), &[DType::F64, DType::F32], Views::Together);
 }
 
 /// The kernels, run on the CPU.
@@ -44,18 +50,18 @@ mod emulated {
 
     #[test]
     fn float64_is_refused_before_a_kernel_is_looked_for() {
-        let refused = simsiam_engine::selftest::run(None, &device(1, 0), &[DType::F64], |_| ());
+        let refused = simsiam_engine::selftest::run(None, &device(1, 0), &[DType::F64], Views::Together, |_| ());
         let message = refused.unwrap_err().to_string();
         assert!(message.contains("CUDA devices do not compute in f64; hint: use f32"), "{message}");
     }
 
     #[test]
     fn kernels_agree_with_pytorch() {
-        replay(&device(2, 0), &DTYPES);
+        replay(&device(2, 0), &DTYPES, Views::Together);
     }
 
     #[test]
     fn kernels_agree_with_pytorch_in_any_order_of_blocks_and_warps() {
-        replay(&device(3, 0x5EED), &DTYPES);
+        replay(&device(3, 0x5EED), &DTYPES, Views::Sequential);
     }
 }

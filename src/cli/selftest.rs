@@ -6,6 +6,7 @@ use super::output::print;
 use crate::backend::cpu::Tier;
 use crate::error::{Error, Result};
 use crate::exec::{Device, DeviceChoice, Precision};
+use crate::nn::views::Views;
 use crate::selftest::{self, Outcome};
 use crate::tensor::DType;
 
@@ -26,6 +27,9 @@ pub struct SelftestArgs {
     /// Instead of goldens: run a step on the device and on the CPU node by node, and name the first node that diverges.
     #[arg(long, conflicts_with = "golden")]
     lockstep: bool,
+    /// How the views of training steps go through the network: together, or sequential, one after the other.
+    #[arg(long, value_enum, default_value_t, hide_possible_values = true, value_name = "together|sequential")]
+    views: Views,
     /// The CPU's convolutions.
     #[arg(long, value_enum, default_value_t)]
     cpu_conv: Tier,
@@ -41,9 +45,9 @@ pub fn run(args: SelftestArgs) -> Result<()> {
     };
     let dtypes = dtypes(&device, args.dtype)?;
     let outcomes = match args.replay {
-        Some(steps) => selftest::replays(&device, &dtypes, steps, report)?,
-        None if args.lockstep => selftest::lockstep(&device, report)?,
-        None => selftest::run(args.golden.as_deref(), &device, &dtypes, report)?,
+        Some(steps) => selftest::replays(&device, &dtypes, args.views, steps, report)?,
+        None if args.lockstep => selftest::lockstep(&device, args.views, report)?,
+        None => selftest::run(args.golden.as_deref(), &device, &dtypes, args.views, report)?,
     };
     printed?;
     let failed: Vec<&str> = outcomes.iter().filter(|o| !o.passed()).map(|o| o.name.as_str()).collect();

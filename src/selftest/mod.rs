@@ -11,6 +11,7 @@ pub use device_checks::{lockstep, replays};
 
 use crate::error::{Error, Result};
 use crate::exec::Device;
+use crate::nn::views::Views;
 use crate::tensor::safetensors::{self, NamedTensors};
 use crate::tensor::{DType, HostTensor};
 
@@ -109,10 +110,10 @@ impl Golden {
         self.tensors.get(name).and_then(|t| t.to_f64().first().copied()).unwrap_or(0.0)
     }
 
-    fn replay(&self, device: &Device, dtypes: &[DType]) -> Result<Outcome> {
+    fn replay(&self, device: &Device, dtypes: &[DType], views: Views) -> Result<Outcome> {
         let (compared, worst) = match self.meta("kind")? {
             "simsiam-ops" => op_table::replay(self, device, dtypes)?,
-            "simsiam-trajectory" => trajectory::replay(self, device, dtypes)?,
+            "simsiam-trajectory" => trajectory::replay(self, device, dtypes, views)?,
             other => {
                 let what = format!("metadata: kind: expected simsiam-ops or simsiam-trajectory, got {other:?}");
                 return Err(Error::format(&self.path, None, what));
@@ -122,8 +123,8 @@ impl Golden {
     }
 }
 
-/// Replays every `*.safetensors` in `folder`, or the embedded set without one, in each of `dtypes`; calls `report` after
-/// each file.
+/// Replays every `*.safetensors` in `folder`, or the embedded set without one, in each of `dtypes`, trajectories with the views
+/// as `views` says; calls `report` after each file.
 ///
 /// # Errors
 /// Unreadable folders or files; a mismatch is no error but an [`Outcome`] that did not pass.
@@ -131,11 +132,12 @@ pub fn run(
     folder: Option<&Path>,
     device: &Device,
     dtypes: &[DType],
+    views: Views,
     mut report: impl FnMut(&Outcome),
 ) -> Result<Vec<Outcome>> {
     let mut outcomes = Vec::new();
     let mut replay = |golden: Golden| -> Result<()> {
-        let outcome = golden.replay(device, dtypes)?;
+        let outcome = golden.replay(device, dtypes, views)?;
         report(&outcome);
         outcomes.push(outcome);
         Ok(())
