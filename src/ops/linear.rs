@@ -53,8 +53,8 @@ impl Op for Linear {
     fn library_work(&self, inputs: &[&TensorDesc]) -> Option<Work> {
         let ([m, k], [n, _]) = (dims("linear", "x", inputs[0]).ok()?, dims("linear", "w", inputs[1]).ok()?);
         let dtype = inputs[0].dtype;
-        let (bias, [a_transposed, b_transposed]) = (inputs.len() > 2, [false, true]);
-        Some(Work::Product(Product { m, n, k, a_transposed, b_transposed, bias, dtype, out: dtype }))
+        let bias = inputs.len() > 2;
+        Some(Work::Product(Product { bias, ..Product::new([m, n, k], [false, true], dtype, dtype) }))
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
@@ -101,9 +101,7 @@ impl Op for LinearDgrad {
         let [m, n] = dims("linear_dgrad", "d_y", inputs[0]).ok()?;
         let [_, k] = dims("linear_dgrad", "w", inputs[1]).ok()?;
         let dtype = inputs[0].dtype;
-        let product =
-            Product { m, n: k, k: n, a_transposed: false, b_transposed: false, bias: false, dtype, out: dtype };
-        Some(Work::Product(product))
+        Some(Work::Product(Product::new([m, k, n], [false, false], dtype, dtype)))
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {

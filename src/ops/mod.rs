@@ -13,6 +13,7 @@ pub mod lars;
 pub mod layout;
 pub mod linear;
 pub mod loss_scale;
+pub mod matmul;
 pub mod pad_channels;
 pub mod pool;
 pub mod relu;

@@ -21,6 +21,7 @@ use crate::ops::cross_entropy::CrossEntropy;
 use crate::ops::lars::LarsUpdate;
 use crate::ops::layout::{NchwToNhwc, NhwcToNchw};
 use crate::ops::linear::Linear;
+use crate::ops::matmul::{Factor, Matmul};
 use crate::ops::pad_channels::PadChannels;
 use crate::ops::pool::{GlobalAvgPool, MaxPool};
 use crate::ops::relu::Relu;
@@ -35,7 +36,7 @@ const F64_RTOL: f64 = 1e-11;
 /// Error allowed in float32 beyond three times PyTorch's own, relative to the largest value of the tensor.
 const F32_RTOL: f64 = 1e-6;
 /// Tensors that are parameters, statistics or losses, whatever the op.
-const MASTER: &[&str] = &["gamma", "beta", "running_mean", "running_var", "loss"];
+const MASTER: &[&str] = &["gamma", "beta", "running_mean", "running_var", "loss", "bias"];
 
 /// One row of the table, as the file describes it.
 #[derive(Debug, Deserialize)]
@@ -59,7 +60,7 @@ struct Case {
 impl Case {
     /// Whether `device` computes the op in `dtype`.
     fn runs(&self, device: &Device, dtype: DType) -> bool {
-        let by_library = matches!(self.op, OpCase::Conv2d { .. } | OpCase::Linear { .. });
+        let by_library = matches!(self.op, OpCase::Conv2d { .. } | OpCase::Linear { .. } | OpCase::Matmul(_));
         (!by_library || device.has_libraries()) && (matches!(dtype, DType::F64 | DType::F32) || !self.err16.is_empty())
     }
 
@@ -91,6 +92,7 @@ enum OpCase {
     MaxPool { kernel: usize, stride: usize, padding: usize },
     GlobalAvgPool,
     Linear { bias: bool },
+    Matmul(MatmulCase),
     NegativeCosine { z_shift: usize },
     SoftmaxXent { z_shift: usize },
     CosineLoss { z_shift: usize },
@@ -104,6 +106,31 @@ enum OpCase {
     NhwcToNchw { channels: usize },
     SliceRows { start: usize, len: usize },
     Add,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+struct MatmulCase {
+    groups: usize,
+    a: FactorCase,
+    b: FactorCase,
+    /// Whether A is B as well.
+    same: bool,
+    bias: bool,
+    addend: bool,
+    relu: bool,
+    widened: bool,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+struct FactorCase {
+    transposed: bool,
+    shared: bool,
+}
+
+impl From<FactorCase> for Factor {
+    fn from(FactorCase { transposed, shared }: FactorCase) -> Factor {
+        Factor { transposed, shared }
+    }
 }
 
 /// Replays all cases; returns what was compared and the worst error.
@@ -187,6 +214,7 @@ impl Replay<'_> {
             OpCase::MaxPool { kernel, stride, padding } => self.op(MaxPool { kernel, stride, padding }, &["x"], &["y"]),
             OpCase::GlobalAvgPool => self.op(GlobalAvgPool, &["x"], &["y"]),
             OpCase::Linear { bias } => self.op(Linear, if bias { &["x", "w", "b"] } else { &["x", "w"] }, &["y"]),
+            OpCase::Matmul(case) => self.matmul(case),
             OpCase::NegativeCosine { z_shift } => {
                 self.op(Similarity { kind: Kind::Cosine, z_shift }, &["p", "z"], &["loss"])
             }
@@ -221,6 +249,21 @@ impl Replay<'_> {
         let inputs = self.inputs(inputs, Role::Input)?;
         let recorded = self.tape.record(op, &inputs.iter().map(|(_, v)| *v).collect::<Vec<_>>())?;
         self.differentiate(&inputs, outputs, &recorded)
+    }
+
+    fn matmul(&mut self, case: MatmulCase) -> Result<()> {
+        let MatmulCase { groups, a, b, same, bias, addend, relu, widened } = case;
+        let added = [("bias", bias), ("addend", addend)].into_iter().filter(|(_, given)| *given);
+        let names: Vec<&str> =
+            ["a"].into_iter().chain((!same).then_some("b")).chain(added.map(|(name, _)| name)).collect();
+        let mut inputs: Vec<ValueId> = self.inputs(&names, Role::Input)?.into_iter().map(|(_, value)| value).collect();
+        if same {
+            inputs.insert(1, inputs[0]);
+        }
+        let op = Matmul { bias, addend, relu, widened, ..Matmul::new(groups, a.into(), b.into()) };
+        let recorded = self.tape.record(op, &inputs)?;
+        self.compare_outputs(&["c"], &recorded);
+        Ok(())
     }
 
     fn batch_norm(&mut self, op: BatchNorm) -> Result<()> {

@@ -121,6 +121,31 @@ def linear(i, a):
     return {"y": F.linear(i["x"], i["w"], i["b"] if a["bias"] else None)}
 
 
+def _group_matrices(tensor, factor, groups):
+    """The matrices of all groups as they are multiplied, [groups][rows][columns]: stored one below the other, or one for all."""
+    count = 1 if factor["shared"] else groups
+    matrices = tensor.reshape(count, -1, tensor.shape[-1])
+    matrices = matrices.transpose(1, 2) if factor["transposed"] else matrices
+    return matrices.expand(groups, -1, -1)
+
+
+def matmul(i, a):
+    """C_g = act(A_g B_g + bias_g + addend_g). In low precision it is rounded once, at the end, or not at all if it is widened."""
+    dtype, wide = i["a"].dtype, {name: t.float() if t.dtype in _LOW_PRECISION else t for name, t in i.items()}
+    left = _group_matrices(wide["a"], a["a"], a["groups"])
+    right = _group_matrices(wide["a" if a["same"] else "b"], a["b"], a["groups"])
+    c = torch.bmm(left, right)
+    n = c.shape[-1]
+    if a["bias"]:
+        c = c + wide["bias"][:, None]
+    if not (a["a"]["transposed"] or a["a"]["shared"]):
+        c = c.reshape(*i["a"].shape[:-1], n)
+    if a["addend"]:
+        c = c + wide["addend"]
+    c = F.relu(c) if a["relu"] else c
+    return {"c": c if a["widened"] else c.to(dtype)}
+
+
 def _targets(i, a):
     """z_{(i + z_shift) mod R} for every row i of p, and p; losses are taken in float32 at least."""
     p, z = i["p"], i["z"]
@@ -223,6 +248,7 @@ OPS = {
     "max_pool": (max_pool, "y", ("x",)),
     "global_avg_pool": (global_avg_pool, "y", ("x",)),
     "linear": (linear, "y", ("x", "w", "b")),
+    "matmul": (matmul, None, ()),
     "negative_cosine": (negative_cosine, "loss", ("p", "z")),
     "softmax_xent": (softmax_xent, "loss", ("p", "z")),
     "cosine_loss": (cosine_loss, "loss", ("p",)),
@@ -272,6 +298,7 @@ def cases():
     yield from _conv_cases()
     yield from _norm_cases()
     yield from _pool_and_linear_cases()
+    yield from _matmul_cases()
     yield from _loss_cases()
     yield from _cosine_loss_cases()
     yield from _cross_entropy_cases()
@@ -402,6 +429,58 @@ def _pool_and_linear_cases():
         if bias:
             inputs["b"] = draw.normal(n)
         yield case, "linear", {"bias": bias}, inputs
+
+
+def matmul_attributes(groups, a, b, options=""):
+    """Of a factor: T transposed, S shared."""
+    factor = lambda letters: {"transposed": "T" in letters, "shared": "S" in letters}
+    named = {name: name in options.split() for name in ("same", "bias", "addend", "relu", "widened")}
+    return {"groups": groups, "a": factor(a), "b": factor(b), **named}
+
+
+def _matmul_cases():
+    #        case                 groups a     shape of a     b     shape of b    n   options
+    table = [
+        ("folded",                2, "",   (2, 3, 5, 7),   "T",  (2, 24, 7),    24, "bias addend relu"),
+        ("folded_one_row",        3, "",   (3, 7),         "T",  (3, 3, 7),     3,  "bias addend relu"),
+        ("folded_one_group",      1, "",   (31, 24),       "T",  (33, 24),      33, "bias relu"),
+        ("folded_plain",          3, "",   (3, 11, 3, 24), "T",  (3, 7, 24),    7,  "bias"),
+        ("folded_no_bias",        2, "",   (2, 31, 1, 3),  "T",  (2, 33, 3),    33, "addend relu"),
+        ("folded_shared",         2, "",   (62, 7),        "TS", (24, 1, 1, 7), 24, "bias addend"),
+        ("relu_widened",          2, "",   (66, 24),       "T",  (2, 7, 24),    7,  "bias addend relu widened"),
+        ("gram",                  2, "T",  (62, 24),       "",   None,          24, "same widened"),
+        ("gram_4d",               2, "T",  (4, 3, 11, 33), "",   None,          33, "same widened"),
+        ("gram_three_groups",     3, "T",  (99, 7),        "",   None,          7,  "same widened"),
+        ("gram_one_row",          3, "T",  (3, 3),         "",   None,          3,  "same widened"),
+        ("gram_wide",             1, "T",  (33, 71),       "",   None,          71, "same widened"),
+        ("two_weights",           3, "S",  (31, 1, 1, 7),  "",   (3, 7, 7),     7,  ""),
+        ("two_weights_one_group", 1, "S",  (33, 24),       "",   (24, 24),      24, ""),
+        ("raw_wgrad",             2, "T",  (62, 24),       "",   (62, 7),       7,  "widened"),
+        ("raw_wgrad_4d",          3, "T",  (3, 11, 3, 33), "",   (3, 3, 11, 3), 3,  "widened"),
+        ("raw_wgrad_one_row",     2, "T",  (2, 7),         "",   (2, 24),       24, "widened"),
+        ("weight_transposed",     2, "TS", (33, 1, 1, 7),  "",   (2, 33, 7),    7,  ""),
+        ("weight_transposed_bias", 3, "TS", (31, 3),       "",   (3, 31, 24),   24, "bias addend relu"),
+        ("both_transposed",       2, "T",  (62, 7),        "T",  (48, 31),      24, "bias"),
+        ("both_shared",           3, "S",  (7, 24),        "TS", (33, 24),      33, "bias"),
+        ("mean_part",             2, "",   (2, 3, 11, 24), "",   (2, 24, 24),   24, "bias"),
+        ("mean_part_one_row",     3, "",   (3, 33),        "",   (3, 33, 33),   33, "bias"),
+        ("through_weight",        2, "",   (2, 1, 31, 24), "",   (2, 24, 7),    7,  ""),
+        ("through_weight_one_channel", 3, "", (93, 3),     "",   (3, 3, 1),     1,  ""),
+    ]  # fmt: skip
+    for case, groups, a, a_shape, b, b_shape, n, options in table:
+        case = f"matmul/{case}"
+        draw = Draw(case)
+        attributes = matmul_attributes(groups, a, b, options)
+        # Away from zero, so that a sign or a group that is left out shows.
+        inputs = {"a": draw.normal(*a_shape, mean=0.3)}
+        if b_shape is not None:
+            inputs["b"] = draw.normal(*b_shape, mean=-0.1, std=a_shape[-1] ** -0.5)
+        if "bias" in options:
+            inputs["bias"] = draw.normal(groups, n)
+        if "addend" in options:
+            shape = matmul(inputs, attributes | {"addend": False})["c"].shape
+            inputs["addend"] = draw.normal(*shape, mean=-0.2)
+        yield case, "matmul", attributes, inputs
 
 
 def _loss_cases():

@@ -19,6 +19,7 @@ def cases():
     """Yields (case, op, attributes, {input: (shape, kind)})."""
     yield from _norm_cases()
     yield from _pool_cases()
+    yield from _matmul_cases()
     yield from _loss_cases()
     yield from _elementwise_cases()
 
@@ -59,6 +60,35 @@ def _pool_cases():
         yield f"global_avg_pool/7x7x{c}", "global_avg_pool", {}, {"x": ((31, 7, 7, c), "gapped")}
     yield "max_pool/stem", "max_pool", pool, {"x": ((2, 112, 112, 64), "eighths")}
     yield "global_avg_pool/100489_pixels", "global_avg_pool", {}, {"x": ((2, 317, 317, 3), "gapped")}
+
+
+def _matmul_cases():
+    #        case                        groups a     shape of a       b     shape of b      options
+    table = [
+        ("folded_56x56x64_256",          2, "",   (2, 56, 56, 64),  "T",  (2, 256, 64),   "bias addend relu"),
+        ("folded_7x7x512_2048",          2, "",   (4, 7, 7, 512),   "T",  (2, 2048, 512), "bias addend relu"),
+        ("folded_2001x7_24",             3, "",   (6003, 7),        "T",  (3, 24, 7),     "bias relu"),
+        ("gram_3_groups_of_33335x24",    3, "T",  (100_005, 24),    "",   None,           "same widened"),
+        ("gram_100005x7",                1, "T",  (100_005, 7),     "",   None,           "same widened"),
+        ("gram_28x28x130",               2, "T",  (4, 28, 28, 130), "",   None,           "same widened"),
+        ("gram_7x7x512",                 2, "T",  (2, 7, 7, 512),   "",   None,           "same widened"),
+        ("two_weights_2048x512",         2, "S",  (2048, 512),      "",   (2, 512, 512),  ""),
+        ("raw_wgrad_28x28x512x128",      2, "T",  (2, 28, 28, 512), "",   (2, 28, 28, 128), "widened"),
+        ("raw_wgrad_100005x24x3",        3, "T",  (100_005, 24),    "",   (100_005, 3),   "widened"),
+        ("weight_transposed_2048x512",   2, "TS", (2048, 512),      "",   (2, 2048, 512), ""),
+        ("mean_part_14x14x256",          2, "",   (4, 14, 14, 256), "",   (2, 256, 256),  "bias"),
+        ("through_weight_7x7x2048_512",  2, "",   (2, 7, 7, 2048),  "",   (2, 2048, 512), ""),
+    ]  # fmt: skip
+    for case, groups, a, a_shape, b, b_shape, options in table:
+        attributes = golden_ops.matmul_attributes(groups, a, b, options)
+        inputs = {"a": (a_shape, "gapped")}
+        if b_shape is not None:
+            inputs["b"] = (b_shape, "uniform")
+        if "bias" in options:
+            inputs["bias"] = ((groups, b_shape[1]), "uniform")
+        if "addend" in options:
+            inputs["addend"] = ((*a_shape[:-1], b_shape[1]), "gapped")
+        yield f"matmul/{case}", "matmul", attributes, inputs
 
 
 def _loss_cases():

@@ -3,12 +3,28 @@
 #![allow(unsafe_code)] // disjoint blocks of one strided matrix, shared among threads
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::gemm::{Mat, Real, gemm_raw};
-use super::panels::{Panels, pack_panel};
+use super::panels::{Panels, pack_panels};
 use super::scratch::with_scratch;
+
+/// Longest chain of sums in working precision; longer inner dimensions are cut into such parts, whose results are added in
+/// order. One chain of 4608 products would lose a digit.
+pub const MAX_CHAIN: usize = 384;
+
+/// Size of the parts when `total` is cut into nearly equal ones of at most `limit`; at least 1.
+pub fn even_part(total: usize, limit: usize) -> usize {
+    total.div_ceil(total.div_ceil(limit).max(1)).max(1)
+}
+
+/// `range` in parts of `size`; an empty range is one empty part, so that products with it still write their zeros.
+pub fn parts(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> + Clone {
+    let count = range.len().div_ceil(size).max(1);
+    (0..count).map(move |i| range.start + i * size..(range.start + (i + 1) * size).min(range.end))
+}
 
 /// A block of a mutable matrix that no other task can reach.
 #[derive(Debug)]
@@ -50,6 +66,21 @@ impl<'a, T: Real> Block<'a, T> {
     /// Columns.
     pub fn cols(&self) -> usize {
         self.cols
+    }
+
+    /// A part of it, lent for as long as the whole is not used.
+    ///
+    /// # Panics
+    /// If the part does not lie inside the block.
+    pub fn part(&mut self, rows: Range<usize>, cols: Range<usize>) -> Block<'_, T> {
+        let inside = |range: &Range<usize>, len: usize| range.start <= range.end && range.end <= len;
+        assert!(inside(&rows, self.rows) && inside(&cols, self.cols), "block: part lies outside");
+        let (row_stride, col_stride) = (self.row_stride, self.col_stride);
+        let start =
+            if rows.is_empty() || cols.is_empty() { 0 } else { rows.start * row_stride + cols.start * col_stride };
+        // SAFETY: the first element of the part is one of the block's; an empty part starts where the block does.
+        let ptr = unsafe { self.ptr.add(start) };
+        Block { ptr, rows: rows.len(), cols: cols.len(), row_stride, col_stride, matrix: PhantomData }
     }
 
     /// Row `i`.
@@ -131,23 +162,17 @@ pub fn gemm_blocks<T: Real>(c: Mat<&mut [T]>, a: Mat<&[T]>, b: Mat<&[T]>, accumu
     });
 }
 
-/// Longest chain of sums in working precision; longer inner dimensions are cut, the results added in order.
-const MAX_CHAIN: usize = 384;
-
 /// The product of one block, both operands packed chunk by chunk. Runs on the calling thread.
 fn multiply_packed<T: Real>(c: &mut Block<'_, T>, a: Mat<&[T]>, b: Mat<&[T]>, accumulate: bool) {
     let longest = a.cols.min(MAX_CHAIN);
-    let width = Panels::<T>::width();
     with_scratch(Panels::<T>::size(longest, b.cols) + a.rows * longest, |memory| {
         let (panels, tile) = memory.split_at_mut(Panels::<T>::size(longest, b.cols));
         let mut start = 0;
         loop {
             let len = longest.min(a.cols - start);
-            for (i, panel) in panels.chunks_exact_mut((len * width).max(1)).take(b.cols.div_ceil(width)).enumerate() {
-                pack_panel(b.sub(start, i * width, len, width.min(b.cols - i * width)), width, panel);
-            }
+            let panels = pack_panels(b.sub(start, 0, len, b.cols), panels);
             let a_part = pack_left(a.sub(0, start, a.rows, len), tile);
-            c.multiply(a_part, Panels::new(panels, len, b.cols), 0..len, accumulate || start > 0);
+            c.multiply(a_part, panels, 0..len, accumulate || start > 0);
             start += len;
             if start == a.cols {
                 break;
@@ -157,7 +182,7 @@ fn multiply_packed<T: Real>(c: &mut Block<'_, T>, a: Mat<&[T]>, b: Mat<&[T]>, ac
 }
 
 /// Copies `a` to `tile`, without gaps: rows far apart would crowd into a few sets of the cache.
-fn pack_left<'a, T: Real>(a: Mat<&[T]>, tile: &'a mut [T]) -> Mat<&'a [T]> {
+pub(super) fn pack_left<'a, T: Real>(a: Mat<&[T]>, tile: &'a mut [T]) -> Mat<&'a [T]> {
     if a.row_stride == 1 && a.col_stride != 1 {
         return pack_left(a.t(), tile).t();
     }

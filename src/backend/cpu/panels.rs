@@ -3,9 +3,20 @@
 
 use std::ops::Range;
 
+use rayon::prelude::*;
+
 use super::blocks::Block;
 use super::gemm::{Mat, Real};
 use super::kernel::{Kernel, Tile};
+
+/// The panel width of every kernel divides this.
+pub const WIDEST_PANEL: usize = 32;
+
+/// Whether the rows of a register tile, each of so many columns, find room in the L1 cache side by side where they lie. Rows a
+/// multiple of 2 KiB apart would crowd into a few of its sets: they are better copied.
+pub fn reads_well_in_place<T>(columns: usize) -> bool {
+    !(columns * size_of::<T>()).is_multiple_of(2048)
+}
 
 /// A matrix of `inner` rows cut into panels of [`Panels::width`] columns, one panel after the other, each row-major. The last
 /// panel is filled up with zeros.
@@ -36,6 +47,17 @@ impl<'a, T: Real> Panels<'a, T> {
         Self::for_kernel(T::kernel(), data, inner, cols)
     }
 
+    /// Packs `b` into `memory`, all threads together.
+    ///
+    /// # Panics
+    /// If the memory is shorter than [`Panels::size`].
+    pub fn pack(b: Mat<&[T]>, memory: &'a mut [T]) -> Panels<'a, T> {
+        for_each_panel(memory, b.rows, b.cols, |panel, columns| {
+            pack_panel(b.sub(0, columns.start, b.rows, columns.len()), Self::width(), panel);
+        });
+        Panels::new(memory, b.rows, b.cols)
+    }
+
     /// Some of the columns.
     ///
     /// # Panics
@@ -49,6 +71,30 @@ impl<'a, T: Real> Panels<'a, T> {
         assert!(inner * cols.next_multiple_of(kernel.width) <= data.len(), "panels: memory too short");
         Panels { kernel, data, inner, cols }
     }
+}
+
+/// Fills the panels of an `inner` x `cols` matrix in parallel; `f` gets the memory and the columns of a panel.
+///
+/// # Panics
+/// If the memory is shorter than [`Panels::size`].
+pub fn for_each_panel<T: Real>(memory: &mut [T], inner: usize, cols: usize, f: impl Fn(&mut [T], Range<usize>) + Sync) {
+    let width = Panels::<T>::width();
+    let memory = &mut memory[..Panels::<T>::size(inner, cols)];
+    memory.par_chunks_mut((inner * width).max(1)).enumerate().for_each(|(i, panel)| {
+        f(panel, i * width..((i + 1) * width).min(cols));
+    });
+}
+
+/// [`Panels::pack`] on the calling thread.
+///
+/// # Panics
+/// If the memory is shorter than [`Panels::size`].
+pub fn pack_panels<'a, T: Real>(b: Mat<&[T]>, memory: &'a mut [T]) -> Panels<'a, T> {
+    let width = Panels::<T>::width();
+    for (i, panel) in memory.chunks_exact_mut((b.rows * width).max(1)).take(b.cols.div_ceil(width)).enumerate() {
+        pack_panel(b.sub(0, i * width, b.rows, width.min(b.cols - i * width)), width, panel);
+    }
+    Panels::new(memory, b.rows, b.cols)
 }
 
 /// Packs `b`, some rows and at most `width` columns of the matrix, into `panel`: its part of one panel.

@@ -14,9 +14,10 @@ use crate::tensor::{DType, TensorDesc};
 
 /// Where the operands of an op's library work lie: its first two inputs, what is added after them; its output, sums after it.
 pub(super) fn operands(io: &CudaIo<'_>) -> Operands {
+    let input = |index: usize| io.inputs.get(index).map_or(DevicePtr::NULL, |input| input.ptr);
     Operands {
-        inputs: [io.inputs[0].ptr, io.inputs[1].ptr],
-        added: io.inputs.get(2).map_or(DevicePtr::NULL, |added| added.ptr),
+        inputs: [input(0), input(1)],
+        added: [input(2), input(3)],
         out: io.outputs[0].ptr,
         sums: io.outputs.get(1).map_or(DevicePtr::NULL, |sums| sums.ptr),
         accumulate: io.outputs[0].accumulate,
@@ -99,7 +100,8 @@ fn answer(op: &dyn Op, inputs: &[Place], outputs: &[Place], memory: &dyn HostVie
     let staged = match work {
         Some(Work::Convolution(convolution)) => Some(convolution.dtype),
         Some(Work::Product(product)) => {
-            operands.iter_mut().skip(2).for_each(|bias| bias.round(product.out));
+            // The bias is the first of what is added.
+            operands.iter_mut().skip(2).take(1).for_each(|bias| bias.round(product.out));
             None
         }
         None => None,

@@ -13,7 +13,7 @@ use crate::tensor::DType;
 use super::super::device::{Context, CudaDevice};
 use super::super::{DevicePtr, Driver, cast};
 use super::cache::{self, Cache, Key, Machine};
-use super::cublaslt::{self, CublasLt, Matmul, Pointers};
+use super::cublaslt::{self, Calls, CublasLt, Matmul, Pointers};
 use super::cudnn::{self, Cudnn, Epilogue, Graph, Limits, Plan, Tensor};
 use super::{Choice, Convolution, Direction, Fused, Libraries, Operands, Prepared, Product, SCRATCH, Work};
 
@@ -118,14 +118,25 @@ impl CudaLibraries {
                 let graph = graph(&self.cudnn, &self.target, convolution, key.accumulate)?;
                 graph.plan_of(&engine, limits(convolution, key.choice))?.map(Algorithm::Cudnn)
             }
-            (cache::Algorithm::CublasLt(algorithm), work) => match work.as_product() {
-                Some(product) => Matmul::restore(&self.products, &product, key.choice.tf32, algorithm)?,
-                None => None,
+            (cache::Algorithm::CublasLt(algorithm), work) => self.restored(work, key.choice, Calls::One, algorithm)?,
+            (cache::Algorithm::CublasLtEach(algorithm), work) => {
+                self.restored(work, key.choice, Calls::Each, algorithm)?
             }
-            .map(Algorithm::CublasLt),
-            _ => None,
+            (cache::Algorithm::Cudnn(_), Work::Product(_)) => None,
         };
         Ok(found.map(|algorithm| Chosen { context: self.context.clone(), work: key.work, algorithm }))
+    }
+
+    fn restored(
+        &self,
+        work: &Work,
+        choice: Choice,
+        calls: Calls,
+        algorithm: cublaslt::Algorithm,
+    ) -> Result<Option<Algorithm>> {
+        let Some(product) = work.as_product() else { return Ok(None) };
+        let found = Matmul::restore(&self.products, &product, choice.tf32, calls, algorithm)?;
+        Ok(found.map(Algorithm::CublasLt))
     }
 
     /// The fastest of the first algorithms, or of many with autotuning; of many as well when the first ones fail.
@@ -340,7 +351,10 @@ impl Chosen {
     fn to_remember(&self) -> cache::Algorithm {
         match &self.algorithm {
             Algorithm::Cudnn(plan) => cache::Algorithm::Cudnn(plan.engine.clone()),
-            Algorithm::CublasLt(matmul) => cache::Algorithm::CublasLt(matmul.algorithm),
+            Algorithm::CublasLt(matmul) => match matmul.calls {
+                Calls::One => cache::Algorithm::CublasLt(matmul.algorithm),
+                Calls::Each => cache::Algorithm::CublasLtEach(matmul.algorithm),
+            },
         }
     }
 
@@ -384,7 +398,7 @@ impl Chosen {
         }
         .to_vec();
         if convolution.fused == Fused::Addition {
-            tensors.push((Tensor::Addend, operands.added));
+            tensors.push((Tensor::Addend, operands.added[0]));
         }
         // SAFETY: the operands are the caller's promise, the context is bound, and the plan keeps to `SCRATCH`.
         unsafe { plan.run(&tensors, operands.workspace) }?;
@@ -400,17 +414,22 @@ impl Chosen {
     /// As [`Prepared::run`].
     unsafe fn multiply(&self, driver: &dyn Driver, matmul: &Matmul, operands: &Operands) -> Result<()> {
         let [mut a, mut b] = operands.inputs;
-        let mut bias = operands.added;
+        let [mut bias, mut addend] = [DevicePtr::NULL; 2];
         match &self.work {
             Work::Convolution(c) if c.direction == Direction::WeightGradient => (a, b) = (b, a),
-            Work::Product(product) if self.work.staging() > 0 => {
-                bias = operands.workspace.offset(SCRATCH);
-                // SAFETY: the bias has a float32 for each column, and the workspace has room for them in 16 bits.
-                unsafe { cast::narrow(driver, product.out, operands.added, bias, product.n) }?;
+            Work::Convolution(_) => {}
+            Work::Product(product) => {
+                [bias, addend] = product.added(operands.added);
+                if self.work.staging() > 0 {
+                    let (from, len) = (bias, product.groups * product.n);
+                    bias = operands.workspace.offset(SCRATCH);
+                    // SAFETY: the bias has a float32 for each group and column, and the workspace has room for as many in
+                    // 16 bits.
+                    unsafe { cast::narrow(driver, product.out, from, bias, len) }?;
+                }
             }
-            _ => {}
         }
-        let pointers = Pointers { a, b, c: operands.out, bias, workspace: operands.workspace };
+        let pointers = Pointers { a, b, c: operands.out, bias, addend, workspace: operands.workspace };
         // SAFETY: the operands are the caller's promise, and the context is bound.
         unsafe { matmul.run(&pointers, operands.accumulate) }
     }
@@ -420,7 +439,10 @@ impl Prepared for Chosen {
     fn algorithm(&self) -> String {
         match &self.algorithm {
             Algorithm::Cudnn(plan) => format!("cuDNN engine {}", plan.engine.index),
-            Algorithm::CublasLt(_) => "cuBLASLt".into(),
+            Algorithm::CublasLt(matmul) => match matmul.calls {
+                Calls::One => "cuBLASLt".into(),
+                Calls::Each => "cuBLASLt, a call for each group".into(),
+            },
         }
     }
 

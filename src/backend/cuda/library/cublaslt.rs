@@ -29,6 +29,7 @@ functions! {
         fn cublasLtMatmulDescSetAttribute(Opaque, i32, *const c_void, usize) -> i32;
         fn cublasLtMatrixLayoutCreate(*mut Opaque, i32, u64, u64, i64) -> i32;
         fn cublasLtMatrixLayoutDestroy(Opaque) -> i32;
+        fn cublasLtMatrixLayoutSetAttribute(Opaque, i32, *const c_void, usize) -> i32;
         fn cublasLtMatmulPreferenceCreate(*mut Opaque) -> i32;
         fn cublasLtMatmulPreferenceDestroy(Opaque) -> i32;
         fn cublasLtMatmulPreferenceSetAttribute(Opaque, i32, *const c_void, usize) -> i32;
@@ -57,14 +58,19 @@ const MATMUL_DESC_TRANSA: i32 = 3;
 const MATMUL_DESC_TRANSB: i32 = 4;
 const MATMUL_DESC_EPILOGUE: i32 = 7;
 const MATMUL_DESC_BIAS_POINTER: i32 = 8;
+const MATMUL_DESC_BIAS_BATCH_STRIDE: i32 = 10;
+const EPILOGUE_DEFAULT: i32 = 1;
+const EPILOGUE_RELU: i32 = 2;
 const EPILOGUE_BIAS: i32 = 4;
+const MATRIX_LAYOUT_BATCH_COUNT: i32 = 5;
+const MATRIX_LAYOUT_STRIDED_BATCH_OFFSET: i32 = 6;
 const PREF_MAX_WORKSPACE_BYTES: i32 = 1;
 const PREF_REDUCTION_SCHEME_MASK: i32 = 3;
 const PREF_MIN_ALIGNMENTS_ABCD: [i32; 4] = [5, 6, 7, 8];
 const REDUCTION_SCHEME_COMPUTE_TYPE: u32 = 2;
 
 /// What tensors and the bias are aligned to at least, in bytes: the arena's grid.
-const ALIGNMENT: u32 = 64;
+const ALIGNMENT: usize = 64;
 /// How many algorithms are asked for at most.
 const MOST: usize = 8;
 
@@ -94,23 +100,50 @@ impl Ranked {
     }
 }
 
+/// How the products of several groups are computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Calls {
+    /// All by one call.
+    One,
+    /// Each by a call of its own.
+    Each,
+}
+
+impl Calls {
+    /// What each call computes of `product`.
+    fn part(self, product: &Product) -> Product {
+        match self {
+            Calls::One => *product,
+            Calls::Each => Product { groups: 1, ..*product },
+        }
+    }
+}
+
 /// A matrix as cuBLASLt sees it: columns one after the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Matrix {
     rows: usize,
     columns: usize,
     transposed: bool,
+    /// Elements from a group's to the next one's.
+    stride: usize,
 }
 
 /// `product` column by column. What is row-major is the transpose of a column-major matrix, so C = A B becomes
 /// C' = B' A': the engine's B is the first operand and its A the second. Each is as long as its rows, without gaps.
 fn column_major(product: &Product) -> [Matrix; 3] {
     let Product { m, n, k, a_transposed, b_transposed, .. } = *product;
-    let stored = |rows: usize, columns: usize, transposed| match transposed {
-        false => Matrix { rows, columns, transposed },
-        true => Matrix { rows: columns, columns: rows, transposed },
+    let [a, b, c] = product.strides();
+    let stored = |rows: usize, columns: usize, transposed, stride| match transposed {
+        false => Matrix { rows, columns, transposed, stride },
+        true => Matrix { rows: columns, columns: rows, transposed, stride },
     };
-    [stored(n, k, b_transposed), stored(k, m, a_transposed), stored(n, m, false)]
+    [stored(n, k, b_transposed, b), stored(k, m, a_transposed, a), stored(n, m, false, c)]
+}
+
+/// What the matrices, or biases, of all groups are aligned to when they lie `stride` bytes apart.
+fn alignment(groups: usize, stride: usize) -> usize {
+    if groups == 1 || stride == 0 { ALIGNMENT } else { ALIGNMENT.min(1 << stride.trailing_zeros()) }
 }
 
 /// cuBLASLt, loaded.
@@ -215,10 +248,13 @@ struct Described {
 }
 
 impl Described {
-    fn new(library: &CublasLt, product: &Product, tf32: bool) -> Result<Described> {
+    /// What `calls` compute of `product`.
+    fn new(library: &CublasLt, product: &Product, calls: Calls, tf32: bool) -> Result<Described> {
+        let bias_alignment = alignment(product.groups, product.n * product.out.size());
+        let product = &calls.part(product);
         let functions = &library.functions;
-        let compute =
-            if tf32 && product.dtype == DType::F32 { CUBLAS_COMPUTE_32F_FAST_TF32 } else { CUBLAS_COMPUTE_32F };
+        let tf32 = tf32 && !product.exact && product.dtype == DType::F32;
+        let compute = if tf32 { CUBLAS_COMPUTE_32F_FAST_TF32 } else { CUBLAS_COMPUTE_32F };
         let matrices = column_major(product);
         let operation = Owned::new(library, functions.cublasLtMatmulDescDestroy, "describe a product", |raw| {
             // SAFETY: writes the descriptor.
@@ -228,12 +264,26 @@ impl Described {
         let transposed = |matrix: Matrix| if matrix.transposed { CUBLAS_OP_T } else { CUBLAS_OP_N };
         described.set(library, MATMUL_DESC_TRANSA, &transposed(matrices[0]))?;
         described.set(library, MATMUL_DESC_TRANSB, &transposed(matrices[1]))?;
-        if product.bias {
-            described.set(library, MATMUL_DESC_EPILOGUE, &EPILOGUE_BIAS)?;
-            // An address that is aligned as the bias will be: heuristics look at it, a run sets the real one.
-            described.set(library, MATMUL_DESC_BIAS_POINTER, &u64::from(ALIGNMENT))?;
-        }
+        described.set_epilogue(library, product, bias_alignment)?;
         Ok(described)
+    }
+
+    fn set_epilogue(&self, library: &CublasLt, product: &Product, bias_alignment: usize) -> Result<()> {
+        let epilogue = match (product.bias, product.relu) {
+            (false, false) => EPILOGUE_DEFAULT,
+            (false, true) => EPILOGUE_RELU,
+            (true, false) => EPILOGUE_BIAS,
+            (true, true) => EPILOGUE_RELU | EPILOGUE_BIAS,
+        };
+        self.set(library, MATMUL_DESC_EPILOGUE, &epilogue)?;
+        if product.bias {
+            // An address that is aligned as the bias will be: heuristics look at it, a run sets the real one.
+            self.set(library, MATMUL_DESC_BIAS_POINTER, &(bias_alignment as u64))?;
+            if product.groups > 1 {
+                self.set(library, MATMUL_DESC_BIAS_BATCH_STRIDE, &(product.n as i64))?;
+            }
+        }
+        Ok(())
     }
 
     fn set<T: bytemuck::NoUninit>(&self, library: &CublasLt, attribute: i32, value: &T) -> Result<()> {
@@ -261,10 +311,21 @@ fn layouts(library: &CublasLt, product: &Product, matrices: [Matrix; 3]) -> Resu
     let functions = &library.functions;
     let layout = |matrix: Matrix, dtype| {
         let (data, rows, columns) = (data_type(dtype)?, matrix.rows as u64, matrix.columns as u64);
-        Owned::new(library, functions.cublasLtMatrixLayoutDestroy, "describe a matrix", |raw| {
+        let layout = Owned::new(library, functions.cublasLtMatrixLayoutDestroy, "describe a matrix", |raw| {
             // SAFETY: writes the layout.
             unsafe { (functions.cublasLtMatrixLayoutCreate)(raw, data, rows, columns, rows as i64) }
-        })
+        })?;
+        let set = |attribute: i32, bytes: &[u8]| {
+            let set = functions.cublasLtMatrixLayoutSetAttribute;
+            // SAFETY: cuBLASLt checks that the attribute has as many bytes.
+            let status = unsafe { set(layout.raw, attribute, bytes.as_ptr().cast(), bytes.len()) };
+            library.check(status, &format!("set attribute {attribute} of a matrix"))
+        };
+        if product.groups > 1 {
+            set(MATRIX_LAYOUT_BATCH_COUNT, &(product.groups as i32).to_ne_bytes())?;
+            set(MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &(matrix.stride as i64).to_ne_bytes())?;
+        }
+        Ok(layout)
     };
     let [first, second, result] = matrices;
     Ok([layout(first, product.dtype)?, layout(second, product.dtype)?, layout(result, product.out)?])
@@ -272,7 +333,7 @@ fn layouts(library: &CublasLt, product: &Product, matrices: [Matrix; 3]) -> Resu
 
 /// What heuristics may name: split sums are added up in float32, in workspace and in order. Adding them up in the result
 /// would round them to its type.
-fn preferences(library: &CublasLt) -> Result<Owned> {
+fn preferences(library: &CublasLt, product: &Product) -> Result<Owned> {
     let functions = &library.functions;
     let preferences = Owned::new(library, functions.cublasLtMatmulPreferenceDestroy, "state preferences", |raw| {
         // SAFETY: writes the preferences.
@@ -286,7 +347,12 @@ fn preferences(library: &CublasLt) -> Result<Owned> {
     };
     set(PREF_MAX_WORKSPACE_BYTES, &(SCRATCH as u64).to_ne_bytes())?;
     set(PREF_REDUCTION_SCHEME_MASK, &REDUCTION_SCHEME_COMPUTE_TYPE.to_ne_bytes())?;
-    PREF_MIN_ALIGNMENTS_ABCD.into_iter().try_for_each(|attribute| set(attribute, &ALIGNMENT.to_ne_bytes()))?;
+    let [first, second, result] = column_major(product).map(|matrix| matrix.stride);
+    let (factor, out) = (product.dtype.size(), product.out.size());
+    let strides = [first * factor, second * factor, result * out, result * out];
+    for (attribute, stride) in PREF_MIN_ALIGNMENTS_ABCD.into_iter().zip(strides) {
+        set(attribute, &(alignment(product.groups, stride) as u32).to_ne_bytes())?;
+    }
     Ok(preferences)
 }
 
@@ -302,7 +368,10 @@ fn data_type(dtype: DType) -> Result<i32> {
 /// A product with its algorithm.
 pub struct Matmul {
     handle: Arc<Handle>,
-    /// The bias pointer in it is set at each run.
+    product: Product,
+    /// How the products of its groups are computed.
+    pub calls: Calls,
+    /// What each call computes; the bias pointer in it is set at each.
     described: Mutex<Described>,
     /// The algorithm, to be kept.
     pub algorithm: Algorithm,
@@ -310,7 +379,7 @@ pub struct Matmul {
 
 impl fmt::Debug for Matmul {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} {:x?}", self.handle, self.algorithm)
+        write!(f, "{:?} {:?} {:x?}", self.handle, self.calls, self.algorithm)
     }
 }
 
@@ -325,19 +394,59 @@ pub struct Pointers {
     pub c: DevicePtr,
     /// The bias, in the element type of C, or NULL.
     pub bias: DevicePtr,
+    /// What is added to the product besides, or NULL.
+    pub addend: DevicePtr,
     /// [`SCRATCH`] bytes.
     pub workspace: DevicePtr,
 }
 
+impl Pointers {
+    /// Where those of group `group` lie.
+    fn of_group(&self, product: &Product, group: usize) -> Pointers {
+        let [a, b, c] = product.strides();
+        let at = |first: DevicePtr, stride: usize, dtype: DType| match first {
+            DevicePtr::NULL => first,
+            _ => first.offset(group * stride * dtype.size()),
+        };
+        Pointers {
+            a: at(self.a, a, product.dtype),
+            b: at(self.b, b, product.dtype),
+            c: at(self.c, c, product.out),
+            bias: at(self.bias, product.n, product.out),
+            addend: at(self.addend, c, product.out),
+            workspace: self.workspace,
+        }
+    }
+}
+
 impl Matmul {
-    /// `product` with up to `most` algorithms, best first.
+    /// `product` with up to `most` algorithms, best first; where there are groups, up to as many more that compute each by
+    /// itself.
     ///
     /// # Errors
     /// An element type that cuBLASLt does not multiply; no algorithm.
     pub fn candidates(handle: &Arc<Handle>, product: &Product, tf32: bool, most: usize) -> Result<Vec<Matmul>> {
+        let together = Matmul::ranked(handle, product, Calls::One, tf32, most);
+        if product.groups == 1 {
+            return together;
+        }
+        match (together, Matmul::ranked(handle, product, Calls::Each, tf32, most)) {
+            (Ok(mut together), Ok(each)) => {
+                together.extend(each);
+                Ok(together)
+            }
+            (Ok(found), Err(error)) | (Err(error), Ok(found)) => {
+                tracing::debug!("{product:?}: {error}");
+                Ok(found)
+            }
+            (Err(error), Err(_)) => Err(error),
+        }
+    }
+
+    fn ranked(handle: &Arc<Handle>, product: &Product, calls: Calls, tf32: bool, most: usize) -> Result<Vec<Matmul>> {
         let library = &handle.library;
-        let described = Described::new(library, product, tf32)?;
-        let preferences = preferences(library)?;
+        let described = Described::new(library, product, calls, tf32)?;
+        let preferences = preferences(library, product)?;
         let mut ranked = [Ranked::EMPTY; MOST];
         let mut count = 0;
         let [first, second, result] = &described.layouts;
@@ -351,12 +460,12 @@ impl Matmul {
         };
         library.check(status, &format!("find an algorithm for {product:?}"))?;
         let found = ranked.iter().take(usize::try_from(count).unwrap_or(0)).filter(|one| one.usable());
-        found.map(|one| Matmul::with(handle, product, tf32, one.algorithm)).collect()
+        found.map(|one| Matmul::with(handle, product, calls, tf32, one.algorithm)).collect()
     }
 
-    fn with(handle: &Arc<Handle>, product: &Product, tf32: bool, algorithm: Algorithm) -> Result<Matmul> {
-        let described = Mutex::new(Described::new(&handle.library, product, tf32)?);
-        Ok(Matmul { handle: handle.clone(), described, algorithm })
+    fn with(handle: &Arc<Handle>, product: &Product, calls: Calls, tf32: bool, algorithm: Algorithm) -> Result<Matmul> {
+        let described = Mutex::new(Described::new(&handle.library, product, calls, tf32)?);
+        Ok(Matmul { handle: handle.clone(), product: *product, calls, described, algorithm })
     }
 
     /// `product` with an algorithm that was chosen before; none when cuBLASLt does not take it any more.
@@ -367,9 +476,10 @@ impl Matmul {
         handle: &Arc<Handle>,
         product: &Product,
         tf32: bool,
+        calls: Calls,
         algorithm: Algorithm,
     ) -> Result<Option<Matmul>> {
-        let described = Described::new(&handle.library, product, tf32)?;
+        let described = Described::new(&handle.library, product, calls, tf32)?;
         let mut ranked = Ranked::EMPTY;
         let [first, second, result] = &described.layouts;
         let check = handle.library.functions.cublasLtMatmulAlgoCheck;
@@ -381,7 +491,7 @@ impl Matmul {
         if status != 0 || !ranked.usable() {
             return Ok(None);
         }
-        Matmul::with(handle, product, tf32, algorithm).map(Some)
+        Matmul::with(handle, product, calls, tf32, algorithm).map(Some)
     }
 
     /// Starts it; with `accumulate` the product is added to C.
@@ -393,15 +503,30 @@ impl Matmul {
     /// The context of the device is that of this thread. The pointers are to device memory of the sizes that the product
     /// says, at multiples of 64 bytes.
     pub unsafe fn run(&self, pointers: &Pointers, accumulate: bool) -> Result<()> {
-        let library = &self.handle.library;
         let described = self.described.lock().unwrap_or_else(PoisonError::into_inner);
+        let calls = match self.calls {
+            Calls::One => 1,
+            Calls::Each => self.product.groups,
+        };
+        (0..calls).try_for_each(|group| {
+            // SAFETY: the tensors of a group lie within those of the product, the caller's promise.
+            unsafe { self.call(&described, &pointers.of_group(&self.product, group), accumulate) }
+        })
+    }
+
+    /// # Safety
+    /// As [`Matmul::run`], but for what `described` says of the product; the pointers as `preferences` says.
+    unsafe fn call(&self, described: &Described, pointers: &Pointers, accumulate: bool) -> Result<()> {
+        let library = &self.handle.library;
         if pointers.bias != DevicePtr::NULL {
             described.set(library, MATMUL_DESC_BIAS_POINTER, &pointers.bias.0)?;
         }
-        let (alpha, beta) = (1.0f32, if accumulate { 1.0f32 } else { 0.0 });
+        let added = self.product.addend || accumulate;
+        let (alpha, beta) = (1.0f32, if added { 1.0f32 } else { 0.0 });
         let pointer = |memory: DevicePtr| memory.0 as Opaque;
-        let (a, b, c, workspace) =
+        let (a, b, out, workspace) =
             (pointer(pointers.a), pointer(pointers.b), pointer(pointers.c), pointer(pointers.workspace));
+        let addend = if self.product.addend { pointer(pointers.addend) } else { out };
         let [first, second, result] = &described.layouts;
         // SAFETY: handle, stream and descriptors are alive; alpha and beta are read before the call returns, for scalars are
         // the host's by default; the memory is the caller's promise.
@@ -415,9 +540,9 @@ impl Matmul {
                 a,
                 second.raw,
                 (&raw const beta).cast(),
-                c,
+                addend,
                 result.raw,
-                c,
+                out,
                 result.raw,
                 &self.algorithm,
                 workspace,

@@ -68,7 +68,7 @@ impl<'a> Memory<'a> {
             Direction::DataGradient => ([self.y, self.w], self.x),
             Direction::WeightGradient => ([self.x, self.y], self.w),
         };
-        let (added, sums) = (DevicePtr::NULL, DevicePtr::NULL);
+        let (added, sums) = ([DevicePtr::NULL; 2], DevicePtr::NULL);
         Operands { inputs, added, out, sums, accumulate, workspace: self.workspace }
     }
 }

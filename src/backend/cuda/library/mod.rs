@@ -84,29 +84,21 @@ impl Convolution {
             return None;
         }
         let (rows, dtype) = (n * h * w, self.dtype);
-        let product = |[m, n, k]: [usize; 3], [a_transposed, b_transposed]: [bool; 2], out| Product {
-            m,
-            n,
-            k,
-            a_transposed,
-            b_transposed,
-            bias: false,
-            dtype,
-            out,
-        };
         Some(match self.direction {
-            Direction::Forward => product([rows, c_out, c_in], [false, true], dtype),
-            Direction::DataGradient => product([rows, c_in, c_out], [false, false], dtype),
+            Direction::Forward => Product::new([rows, c_out, c_in], [false, true], dtype, dtype),
+            Direction::DataGradient => Product::new([rows, c_in, c_out], [false, false], dtype, dtype),
             // Of the operands x and d_y, d_y is A: see `Work`.
-            Direction::WeightGradient => product([c_out, c_in, rows], [true, false], DType::F32),
+            Direction::WeightGradient => Product::new([c_out, c_in, rows], [true, false], dtype, DType::F32),
         })
     }
 }
 
-/// C = A B, or C = A B + bias: A is m x k, B k x n, C m x n, all row-major; a transposed one is stored as its transpose. Sums
-/// are in float32.
+/// C = act(A B + bias + addend), once or for each of several groups of matrices that lie one after the other: A is m x k, B
+/// k x n, C m x n, all row-major; a transposed one is stored as its transpose. Sums are in float32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct Product {
+    /// How many products.
+    pub groups: usize,
     /// Rows of C.
     pub m: usize,
     /// Columns of C.
@@ -117,16 +109,48 @@ pub struct Product {
     pub a_transposed: bool,
     /// Whether B is stored as `[n][k]`.
     pub b_transposed: bool,
-    /// Whether a float32 value per column is added.
+    /// Whether there is but one A, and but one B, for all groups.
+    pub shared: [bool; 2],
+    /// Whether a float32 value per column is added, in each group its own.
     pub bias: bool,
+    /// Whether a tensor like C is added.
+    pub addend: bool,
+    /// Whether what is below zero becomes zero.
+    pub relu: bool,
+    /// Whether float32 operands must not be rounded to TF32.
+    pub exact: bool,
     /// Element type of A and B.
     pub dtype: DType,
     /// Element type of C: that of A and B, or float32.
     pub out: DType,
 }
 
+impl Product {
+    /// C = A B, of sizes `[m, n, k]`; whether A and B are transposed, their element type, and that of C.
+    pub fn new([m, n, k]: [usize; 3], transposed: [bool; 2], dtype: DType, out: DType) -> Product {
+        let [a_transposed, b_transposed] = transposed;
+        let (shared, [bias, addend, relu, exact]) = ([false; 2], [false; 4]);
+        Product { groups: 1, m, n, k, a_transposed, b_transposed, shared, bias, addend, relu, exact, dtype, out }
+    }
+
+    /// Elements from a group's A, B and C to the next one's.
+    fn strides(&self) -> [usize; 3] {
+        let unless = |shared: bool, elements| if shared { 0 } else { elements };
+        [unless(self.shared[0], self.m * self.k), unless(self.shared[1], self.k * self.n), self.m * self.n]
+    }
+
+    /// The bias and the addend of what is added.
+    fn added(&self, added: [DevicePtr; 2]) -> [DevicePtr; 2] {
+        match (self.bias, self.addend) {
+            (true, _) => added,
+            (false, true) => [DevicePtr::NULL, added[0]],
+            (false, false) => [DevicePtr::NULL; 2],
+        }
+    }
+}
+
 /// A piece of work. Its operands are, in order: x, w (forward); d_y, w (data gradient); x, d_y (weight gradient); A, B; then
-/// what is added, if anything is.
+/// what is added, if anything is: a product's bias, a tensor.
 /// When a weight gradient becomes a product, A is its second operand and B its first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -158,7 +182,7 @@ impl Work {
             Work::Convolution(c) if c.direction == Direction::WeightGradient && c.dtype != DType::F32 => {
                 c.geometry.w_len() * c.dtype.size()
             }
-            Work::Product(p) if p.bias && p.out != DType::F32 => p.n * p.out.size(),
+            Work::Product(p) if p.bias && p.out != DType::F32 => p.groups * p.n * p.out.size(),
             _ => 0,
         }
     }
@@ -169,8 +193,9 @@ impl Work {
 pub struct Operands {
     /// The two inputs, in the order that [`Work`] says.
     pub inputs: [DevicePtr; 2],
-    /// What is added to the result: the bias of a product, the tensor of [`Fused::Addition`], else NULL.
-    pub added: DevicePtr,
+    /// What is added to the result: the bias of a product, then its addend or the tensor of [`Fused::Addition`]; those that
+    /// there are come first, then NULL.
+    pub added: [DevicePtr; 2],
     /// The result.
     pub out: DevicePtr,
     /// The sums of [`Fused::Statistics`], `[groups][2][c_out]` in float32, else NULL.

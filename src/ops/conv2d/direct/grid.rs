@@ -2,18 +2,12 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::gather::{Gather, Run, dgrad_kernel_tap};
-use super::{WIDEST_PANEL, even_part, parts};
 use crate::backend::conv::ConvGeometry;
-use crate::backend::cpu::panels::pack_panel;
+use crate::backend::cpu::blocks::{MAX_CHAIN, even_part, parts};
+use crate::backend::cpu::panels::{WIDEST_PANEL, for_each_panel, pack_panel, reads_well_in_place};
 use crate::backend::cpu::scratch::with_scratch;
 use crate::backend::cpu::{Block, Mat, Panels, Real, par_blocks};
-
-/// Longest chain of sums in working precision; longer inner dimensions are cut into such chunks, whose results are added in
-/// order. One chain of 4608 products would lose a digit.
-const MAX_CHAIN: usize = 384;
 
 /// Grid pixels of a task: enough to pay for streaming the weights, few enough that a tile of patches stays in the L2 cache.
 /// Twice as many where the border of the image is multiplied apart.
@@ -40,10 +34,7 @@ pub fn forward<T: Real>(g: &ConvGeometry, x: &[T], w: &[T], y: &mut [T]) {
     let patch = g.patch();
     with_scratch(Panels::<T>::size(patch, g.c_out), |memory| {
         let w = Mat::row_major(w, g.c_out, patch).t();
-        for_each_panel(memory, patch, g.c_out, |panel, columns| {
-            pack_panel(w.sub(0, columns.start, patch, columns.len()), Panels::<T>::width(), panel);
-        });
-        let weights = Panels::new(memory, patch, g.c_out);
+        let weights = Panels::pack(w, memory);
         let product = Product { gather: Gather::forward(g), weights, origin: [0, 0], step: [1, 1] };
         let y = Mat::row_major(y, g.n * g.oh() * g.ow(), g.c_out);
         multiply(std::iter::once(product), x, [g.oh(), g.ow()], y, false);
@@ -94,15 +85,6 @@ fn pack_dgrad_weights<T: Real>(g: &ConvGeometry, w: &[T], mut memory: &mut [T]) 
         });
         memory = rest;
     }
-}
-
-/// Fills the panels of an `inner` x `cols` matrix in parallel; `f` gets the memory and the columns of a panel.
-fn for_each_panel<T: Real>(memory: &mut [T], inner: usize, cols: usize, f: impl Fn(&mut [T], Range<usize>) + Sync) {
-    let width = Panels::<T>::width();
-    let memory = &mut memory[..Panels::<T>::size(inner, cols)];
-    memory.par_chunks_mut((inner * width).max(1)).enumerate().for_each(|(i, panel)| {
-        f(panel, i * width..((i + 1) * width).min(cols));
-    });
 }
 
 /// All of `products`, which together make every pixel of a result of `size` = [height, width], in bands of its lines.
@@ -237,10 +219,4 @@ impl<T: Real> Product<'_, T> {
 fn chunks(columns: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     let size = even_part(columns.len(), MAX_CHAIN);
     parts(columns, size)
-}
-
-/// Whether the rows of a register tile, one source pixel each, find room in the L1 cache side by side. Rows a multiple of
-/// 2 KiB apart would crowd into a few of its sets: they are better copied.
-fn reads_well_in_place<T>(channels: usize) -> bool {
-    !(channels * size_of::<T>()).is_multiple_of(2048)
 }

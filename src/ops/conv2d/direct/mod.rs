@@ -6,15 +6,10 @@ mod gather;
 mod grid;
 mod wgrad;
 
-use std::ops::Range;
-
 pub use grid::{dgrad, forward};
 pub use wgrad::{wgrad, wgrad_workspace};
 
 use crate::backend::conv::ConvGeometry;
-
-/// The panel width of every kernel divides this.
-const WIDEST_PANEL: usize = 32;
 
 /// Bytes of scratch memory of one convolution in elements of type `T`. Threads keep and reuse the memory: over several
 /// convolutions the largest counts, not the sum.
@@ -30,17 +25,6 @@ pub struct ScratchBytes {
 pub fn scratch_bytes<T>(g: &ConvGeometry) -> ScratchBytes {
     let [weights, grid] = grid::scratch(g);
     ScratchBytes { call: weights * size_of::<T>(), thread: grid.max(wgrad::scratch(g)) * size_of::<T>() }
-}
-
-/// Size of the parts when `total` is cut into nearly equal ones of at most `limit`; at least 1.
-fn even_part(total: usize, limit: usize) -> usize {
-    total.div_ceil(total.div_ceil(limit).max(1)).max(1)
-}
-
-/// `range` in parts of `size`; an empty range is one empty part, so that products with it still write their zeros.
-fn parts(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
-    let count = range.len().div_ceil(size).max(1);
-    (0..count).map(move |i| range.start + i * size..(range.start + (i + 1) * size).min(range.end))
 }
 
 #[cfg(test)]

@@ -5,8 +5,10 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::gather::{Gather, Run};
-use super::{WIDEST_PANEL, even_part, parts};
 use crate::backend::conv::ConvGeometry;
+use crate::backend::cpu::blocks::{even_part, parts};
+use crate::backend::cpu::long::add_partials;
+use crate::backend::cpu::panels::WIDEST_PANEL;
 use crate::backend::cpu::scratch::with_scratch;
 use crate::backend::cpu::{Mat, Panels, Real, par_blocks};
 
@@ -31,24 +33,6 @@ pub fn wgrad<T: Real>(g: &ConvGeometry, x: &[T], d_y: &[T], d_w: &mut [T], accum
     let partials = &mut workspace[..tasks.splits * g.w_len()];
     wgrad_partials(g, tasks, x, d_y, partials, false);
     add_partials(partials, d_w, accumulate);
-}
-
-/// Sums the parts of `partials`, each as long as `to`, in their order and in float64, so that it does not matter how many there
-/// are.
-fn add_partials<T: Real>(partials: &[T], to: &mut [T], accumulate: bool) {
-    const CHUNK: usize = 1024;
-    let len = to.len();
-    to.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, to)| {
-        let mut sums = [0.0; CHUNK];
-        if accumulate {
-            sums.iter_mut().zip(&*to).for_each(|(sum, to)| *sum = to.to_f64());
-        }
-        for partial in partials.chunks_exact(len) {
-            let partial = &partial[chunk * CHUNK..][..to.len()];
-            sums.iter_mut().zip(partial).for_each(|(sum, partial)| *sum += partial.to_f64());
-        }
-        to.iter_mut().zip(sums).for_each(|(to, sum)| *to = T::of(sum));
-    });
 }
 
 /// Pixels that a step of the weight gradient takes, and most rows (c_out) and columns (the patch) of a task.
