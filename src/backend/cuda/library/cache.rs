@@ -239,11 +239,14 @@ mod tests {
         cache.insert(convolution(), engine());
         let [plain, summed] = [Fused::Nothing, Fused::Statistics { groups: 3 }].map(fused);
         let other = Algorithm::Cudnn(Engine { index: 2, knobs: vec![] });
+        let Algorithm::CublasLt(same) = bytes() else { panic!("cuBLASLt's") };
+        cache.insert(product(4), Algorithm::CublasLtEach(same));
         cache.insert(plain, engine());
         cache.insert(summed, other.clone());
         cache.write().unwrap();
         let again = Cache::at(machine(), Some(&folder));
         assert_eq!(again.get(&product(2)), Some(&bytes()));
+        assert_eq!(again.get(&product(4)), Some(&Algorithm::CublasLtEach(same)));
         assert_eq!(again.get(&convolution()), Some(&engine()));
         assert_eq!((again.get(&plain), again.get(&summed)), (Some(&engine()), Some(&other)));
         // Everything that decides is part of the key.
@@ -252,6 +255,16 @@ mod tests {
         assert_eq!(again.get(&Key { accumulate: false, ..product(2) }), None);
         assert_eq!(again.get(&Key { choice: Choice { tf32: true, autotune: true }, ..product(2) }), None);
         assert_eq!(again.get(&product(3)), None);
+        let Work::Product(known) = product(2).work else { panic!("a product") };
+        for other in [
+            Product { groups: 3, ..known },
+            Product { shared: [true, false], ..known },
+            Product { addend: true, ..known },
+            Product { relu: true, ..known },
+            Product { exact: true, ..known },
+        ] {
+            assert_eq!(again.get(&Key { work: Work::Product(other), ..product(2) }), None, "{other:?}");
+        }
     }
 
     #[test]
@@ -294,6 +307,23 @@ mod tests {
         anew.insert(product(5), bytes());
         anew.write().unwrap();
         assert_eq!(Cache::at(machine(), Some(folder.path())).get(&product(5)), Some(&bytes()));
+    }
+
+    /// A file of a version that knew less of products, as a build of the same commit may leave it.
+    #[test]
+    fn a_file_that_says_less_is_no_choice() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut cache = Cache::at(machine(), Some(folder.path()));
+        cache.insert(product(2), bytes());
+        cache.write().unwrap();
+        let path = folder.path().join(machine().file_name());
+        let text = std::fs::read_to_string(&path).unwrap();
+        let lines: Vec<&str> = text.lines().filter(|line| !line.contains("\"exact\"")).collect();
+        assert_eq!(lines.len() + 1, text.lines().count());
+        std::fs::write(&path, lines.join("\n")).unwrap();
+        let message = read(&path, &machine()).unwrap_err().to_string();
+        assert!(message.contains("missing field `exact`"), "{message}");
+        assert_eq!(Cache::at(machine(), Some(folder.path())).get(&product(2)), None);
     }
 
     #[test]
