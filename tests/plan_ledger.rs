@@ -51,7 +51,8 @@ fn ledger(tape: &Tape) -> Vec<(&'static str, [u64; 2])> {
 }
 
 const FUSION: Fusion = Fusion { affine: true, residual: true, relu: true };
-const NORM: BatchNorm = BatchNorm { groups: 2, eps: 1e-5, momentum: 0.1, fusion: FUSION, sums_given: false };
+const NORM: BatchNorm =
+    BatchNorm { groups: 2, eps: 1e-5, momentum: 0.1, fusion: FUSION, sums_given: false, means: false };
 
 /// Running statistics of `c` channels.
 fn running(tape: &mut Tape, c: usize) -> [ValueId; 3] {
