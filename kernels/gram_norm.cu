@@ -90,7 +90,7 @@ __device__ __forceinline__ float moved(float old, double value, double momentum)
 template <class T>
 __device__ __forceinline__ void fold(const float* __restrict__ w, const float* __restrict__ t, const float* __restrict__ mean,
                                      const float* __restrict__ gamma, const float* __restrict__ beta, int groups, int c_out,
-                                     int c_in, double rows, double eps, double momentum, T* __restrict__ folded,
+                                     int c_in, double rows, bool centred, double eps, double momentum, T* __restrict__ folded,
                                      float* __restrict__ bias, float* __restrict__ rstd, float* running_mean,
                                      float* running_var, int64_t* tracked) {
     if (global_thread() == 0) *tracked += groups;
@@ -112,7 +112,7 @@ __device__ __forceinline__ void fold(const float* __restrict__ w, const float* _
         for (int j = lane; j < c_in; j += WARP) {
             const T rounded = from_float<T>(scale * row[j]);
             folded[place * c_in + j] = rounded;
-            offset += double(to_float(rounded)) * double(of_mean[j]);
+            if (!centred) offset += double(to_float(rounded)) * double(of_mean[j]);
         }
         offset = warp_sum(offset);
         if (lane > 0) continue;
@@ -123,18 +123,18 @@ __device__ __forceinline__ void fold(const float* __restrict__ w, const float* _
     }
 }
 
-// R' of channel k at column j: the sum of the parts of R, less s mean.
-__device__ __forceinline__ double centred_product(const float* __restrict__ r, int64_t part, int splits, double s, double mean) {
+// R' of channel k at column j: the sum of the parts of R, less what the mean gives.
+__device__ __forceinline__ double centred_product(const float* __restrict__ r, int64_t part, int splits, double of_mean) {
     double sum = 0.0;
     for (int split = 0; split < splits; ++split) sum += double(r[split * part]);
-    return sum - s * mean;
+    return sum - of_mean;
 }
 
 // d_w, d_gamma and d_beta over all groups; per group Q = -(gamma rstd^2 d_gamma / rows) w. Grid: c_out / FOLD_WARPS
 // blocks.
 KERNEL(FOLD_THREADS)
 gram_fold_backward(const float* r, int32_t splits, const float* s, const float* mean, const float* t, const float* w,
-                   const float* gamma, const float* rstd, int32_t groups, int32_t c_out, int32_t c_in, double rows, float* d_w,
+                   const float* gamma, const float* rstd, int32_t groups, int32_t c_out, int32_t c_in, double rows, int32_t centred, float* d_w,
                    int32_t accumulate_w, float* d_gamma, int32_t accumulate_gamma, float* d_beta, int32_t accumulate_beta,
                    float* q) {
     const int lane = int(threadIdx.x) % WARP, k = int(blockIdx.x) * FOLD_WARPS + int(threadIdx.x) / WARP;
@@ -146,14 +146,15 @@ gram_fold_backward(const float* r, int32_t splits, const float* s, const float* 
         const float* const of_group = r + group * splits * part + first;
         const float* const of_mean = mean + int64_t{group} * c_in;
         const double sum = double(s[place]), inverse = double(rstd[place]), scale = double(gamma[k]) * inverse;
+        const auto of_mean_at = [&](int j) { return centred ? 0.0 : sum * double(of_mean[j]); };
         double product = 0.0;
         for (int j = lane; j < c_in; j += WARP)
-            product += centred_product(of_group + j, part, splits, sum, double(of_mean[j])) * double(w[first + j]);
+            product += centred_product(of_group + j, part, splits, of_mean_at(j)) * double(w[first + j]);
         const double d = inverse * warp_sum(product);
         const double factor = -(scale / rows) * inverse * d;
         for (int j = lane; j < c_in; j += WARP) {
-            const double centred = centred_product(of_group + j, part, splits, sum, double(of_mean[j]));
-            const double value = scale * (centred - inverse * d * double(t[place * c_in + j]));
+            const double of_column = centred_product(of_group + j, part, splits, of_mean_at(j));
+            const double value = scale * (of_column - inverse * d * double(t[place * c_in + j]));
             float* const to = d_w + first + j;
             *to = group > 0 || accumulate_w ? float(double(*to) + value) : float(value);
             q[place * c_in + j] = float(factor * double(w[first + j]));
@@ -171,7 +172,7 @@ EXPORT(gram_fold_backward)
 constexpr int SHIFT_THREADS = 256;
 template <class T>
 __device__ __forceinline__ void shift(const float* __restrict__ m, const float* __restrict__ s, const T* __restrict__ f,
-                                      const float* __restrict__ mean, int c_out, int c_in, double rows,
+                                      const float* __restrict__ mean, int c_out, int c_in, double rows, bool centred,
                                       T* __restrict__ rounded, float* __restrict__ bias) {
     constexpr int WARPS = SHIFT_THREADS / WARP;
     __shared__ double scratch[WARPS][WARP];
@@ -187,7 +188,7 @@ __device__ __forceinline__ void shift(const float* __restrict__ m, const float* 
             const int64_t row = group * c_in + j;
             const T value = from_float<T>(m[row * c_in + i]);
             rounded[row * c_in + i] = value;
-            sum -= double(mean[row]) * double(to_float(value));
+            if (!centred) sum -= double(mean[row]) * double(to_float(value));
         }
     }
     scratch[warp][lane] = sum;
@@ -211,16 +212,16 @@ __device__ __forceinline__ void shift(const float* __restrict__ m, const float* 
     EXPORT(gram_centre_##S)                                                                                                 \
     KERNEL(FOLD_THREADS)                                                                                                    \
     gram_fold_##S(const float* w, const float* t, const float* mean, const float* gamma, const float* beta, int32_t groups, \
-                  int32_t c_out, int32_t c_in, double rows, double eps, double momentum, T* folded, float* bias,            \
-                  float* rstd, float* running_mean, float* running_var, int64_t* tracked) {                                 \
-        fold(w, t, mean, gamma, beta, groups, c_out, c_in, rows, eps, momentum, folded, bias, rstd, running_mean,           \
-             running_var, tracked);                                                                                         \
+                  int32_t c_out, int32_t c_in, double rows, int32_t centred, double eps, double momentum, T* folded,        \
+                  float* bias, float* rstd, float* running_mean, float* running_var, int64_t* tracked) {                    \
+        fold(w, t, mean, gamma, beta, groups, c_out, c_in, rows, centred != 0, eps, momentum, folded, bias, rstd,           \
+             running_mean, running_var, tracked);                                                                           \
     }                                                                                                                       \
     EXPORT(gram_fold_##S)                                                                                                   \
     KERNEL(SHIFT_THREADS)                                                                                                   \
     gram_shift_##S(const float* m, const float* s, const T* f, const float* mean, int32_t c_out, int32_t c_in, double rows, \
-                   T* rounded, float* bias) {                                                                               \
-        shift(m, s, f, mean, c_out, c_in, rows, rounded, bias);                                                             \
+                   int32_t centred, T* rounded, float* bias) {                                                              \
+        shift(m, s, f, mean, c_out, c_in, rows, centred != 0, rounded, bias);                                               \
     }                                                                                                                       \
     EXPORT(gram_shift_##S)
 FOR_EACH_TYPE(INSTANTIATE)

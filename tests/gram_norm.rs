@@ -61,6 +61,10 @@ struct Recorded {
 
 impl Case {
     fn record(&self, route: Route, dtype: DType) -> Recorded {
+        self.record_with(route, dtype, 0.1)
+    }
+
+    fn record_with(&self, route: Route, dtype: DType, momentum: f64) -> Recorded {
         let [n, h, w, c_in, c_out] = self.sizes;
         let mut tape = Tape::new();
         let out = [h, w].map(|side| side.div_ceil(self.stride));
@@ -75,7 +79,7 @@ impl Case {
         let like_y = TensorDesc::new([n, out[0], out[1], c_out], dtype);
         let residual = self.residual.then(|| tape.leaf("residual", like_y, Role::Input, true));
         let running = [mean, var, tracked];
-        let (groups, eps, momentum, relu) = (self.groups, 1e-5, 0.1, self.relu);
+        let (groups, eps, relu) = (self.groups, 1e-5, self.relu);
         let y = match route {
             Route::Standard => {
                 let y = tape.record_one(Conv2d::new([self.stride; 2], [0; 2]), &[x, weight]).unwrap();
@@ -173,4 +177,80 @@ fn a_layer_computes_the_same_on_an_emulated_device() {
         agree(case, &emulated(seed), DType::F16, 6e-3);
         agree(case, &emulated(seed), DType::Bf16, 5e-2);
     }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Precision at scale.
+
+/// The rows of a view of 512 images at the first stage of a ResNet-50.
+const ROWS: [usize; 3] = [512, 56, 56];
+const CHANNELS: [usize; 2] = [6, 8];
+
+/// Means and spreads of the input's channels: as behind a ReLU, far from 0, nearly constant (few values leave the mean, by one
+/// step of bfloat16), and constant.
+const SPREADS: [[f64; 2]; CHANNELS[0]] = [[0.4, 0.6], [-0.2, 1.0], [30.0, 0.5], [5.0, 0.01], [2.0, 0.0], [0.1, 0.3]];
+
+/// Variance, d_w and d_gamma of a layer whose outputs 0 and 1 read the constant and the nearly constant channel alone.
+fn at_scale(device: &Device, route: Route, dtype: DType) -> Named {
+    let [n, h, w] = ROWS;
+    let [c_in, c_out] = CHANNELS;
+    let case = Case { sizes: [n, h, w, c_in, c_out], stride: 1, groups: 1, residual: false, relu: false };
+    let Recorded { mut tape, leaves, running, y } = case.record_with(route, dtype, 1.0);
+    let d_y = tape.leaf("d_y", tape.desc(y).clone(), Role::Input, false);
+    let gradients = backward(&mut tape, &[(y, d_y)]).unwrap();
+    let named = [("variance", running[1]), ("d_w", gradients[&leaves[1]]), ("d_gamma", gradients[&leaves[2]])];
+    named.iter().for_each(|(_, value)| _ = tape.keep(*value));
+    let mut exec = device.executor(tape).unwrap();
+    for leaf in leaves.into_iter().chain([d_y]) {
+        let described = exec.tape().value(leaf).clone();
+        let mut stream = Stream::new(17, 3, described.name.bytes().map(u64::from).sum());
+        let mut value = |i: usize| match described.name.as_str() {
+            "x" => SPREADS[i % c_in][0] + SPREADS[i % c_in][1] * stream.normal(),
+            "w" if i / c_in == 0 && i % c_in != 4 => 0.0,
+            "w" if i / c_in == 1 && i % c_in != 3 => 0.0,
+            "running_mean" | "running_var" => 0.0,
+            "gamma" => 1.0 + 0.1 * stream.normal(),
+            _ => stream.normal(),
+        };
+        let values: Vec<f64> = (0..described.desc.shape.len()).map(|i| rounded(value(i))).collect();
+        exec.write(leaf, &described.desc.dtype.encode(&values)).unwrap();
+    }
+    exec.run_step().unwrap();
+    named.into_iter().map(|(name, value)| (name, exec.read(value).unwrap().to_f64())).collect()
+}
+
+/// Checks that no channel of the gram route is further from float64 than the usual route is, but for the rounding of a result:
+/// of a channel's variance, and of a sum of as many products as the largest gradient is.
+fn no_worse(device: &Device, dtype: DType) {
+    let exact = at_scale(&cpu(), Route::Standard, DType::F64);
+    let [standard, gram] = [Route::Standard, Route::Gram].map(|route| at_scale(device, route, dtype));
+    let largest = |values: &[f64]| values.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
+    for (((name, exact), (_, standard)), (_, gram)) in exact.iter().zip(&standard).zip(&gram) {
+        let row = exact.len() / CHANNELS[1];
+        for (channel, one) in exact.chunks(row).enumerate() {
+            let off = |values: &[f64]| {
+                let values = &values[channel * row..][..row];
+                values.iter().zip(one).fold(0.0, |m: f64, (a, b)| m.max((a - b).abs()))
+            };
+            let size = if *name == "variance" { largest(one) } else { largest(exact) };
+            let (of_gram, of_standard) = (off(gram), off(standard));
+            println!("{dtype} {name} of channel {channel}: off by {of_gram:.1e}, the usual route by {of_standard:.1e}");
+            assert!(
+                of_gram <= of_standard + 1e-6 * size + 1e-9,
+                "{name} of channel {channel} in {dtype}, of {size:.1e}"
+            );
+        }
+        assert!(*name != "variance" || gram.iter().all(|variance| *variance >= 0.0), "{gram:?}");
+    }
+}
+
+#[test]
+fn a_layer_is_as_precise_as_the_usual_route_over_millions_of_rows() {
+    no_worse(&cpu(), DType::F32);
+}
+
+#[cfg(feature = "emulator")]
+#[test]
+fn a_layer_is_as_precise_as_the_usual_route_in_16_bits_too() {
+    no_worse(&emulated(1), DType::Bf16);
 }

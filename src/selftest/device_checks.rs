@@ -1,13 +1,12 @@
 //! What only a device can get wrong: a replayed step against a launched one, and every node against the CPU's.
 
 use super::trajectory::{Start, Step, start};
-use super::{EMBEDDED, Golden, Outcome, Worst};
+use super::{EMBEDDED, Golden, Outcome, Variant, Worst};
 use crate::backend::cpu::Tier;
 use crate::error::{Error, Result};
 use crate::exec::compare::{Comparison, compare};
 use crate::exec::{Device, Executor, Options};
 use crate::graph::Role;
-use crate::nn::views::Views;
 use crate::rng::Stream;
 use crate::tensor::DType;
 
@@ -30,9 +29,9 @@ fn trajectories() -> Result<Vec<Golden>> {
 ///
 /// # Errors
 /// [`Error::Config`] without a CUDA device; faults of the device.
-pub fn lockstep(device: &Device, views: Views, mut report: impl FnMut(&Outcome)) -> Result<Vec<Outcome>> {
+pub fn lockstep(device: &Device, variant: &Variant, mut report: impl FnMut(&Outcome)) -> Result<Vec<Outcome>> {
     expect_cuda("--lockstep", device)?;
-    let step = Step { target: device.target(), dtype: DType::F32, views };
+    let step = Step { target: device.target(), dtype: DType::F32, variant };
     let mut outcomes = Vec::new();
     for golden in trajectories()? {
         // The CPU runs the device's own tape, padded stem and all.
@@ -63,7 +62,7 @@ pub fn lockstep(device: &Device, views: Views, mut report: impl FnMut(&Outcome))
 pub fn replays(
     device: &Device,
     dtypes: &[DType],
-    views: Views,
+    variant: &Variant,
     steps: usize,
     mut report: impl FnMut(&Outcome),
 ) -> Result<Vec<Outcome>> {
@@ -73,7 +72,7 @@ pub fn replays(
         for &dtype in dtypes {
             let run = |graph| {
                 let options = Options { graph, ..Options::default() };
-                let mut run = start(golden, device, Step { target: device.target(), dtype, views }, options)?;
+                let mut run = start(golden, device, Step { target: device.target(), dtype, variant }, options)?;
                 train_on_noise(&mut run, dtype, steps)
             };
             let (replayed, launched) = (run(true)?, run(false)?);

@@ -1,23 +1,23 @@
 //! Trajectories: whole training steps against PyTorch's float64, with tolerances relative to PyTorch's own float32 errors
 //! (training from random weights is ill-conditioned, so a constant would be too loose or too strict).
 
-use super::{Golden, Worst};
+use super::{Golden, Variant, Worst};
 use crate::error::{Error, Result};
 use crate::exec::{Device, Executor, Options};
 use crate::graph::ValueId;
 use crate::graph::plan::Target;
 use crate::nn::ParamInfo;
+use crate::nn::epilogues::Epilogues;
 use crate::nn::heads::{HeadNorm, Heads, OutBias, PredictorKind};
 use crate::nn::resnet::{Block, ResNet, Stem};
 use crate::nn::simsiam::{LOSS_SCALE, SimSiam, StepShape, TrainGraph, ViewSource};
-use crate::nn::views::Views;
 use crate::ops::sgd::StepParam;
 use crate::ops::similarity::Kind;
 use crate::tensor::{DType, HostTensor};
 use crate::train::state::{read_params, to_torch, write_initial, write_params};
 
 /// Replays a file in each of `dtypes` that PyTorch's own error is known for; returns what was compared and the worst error.
-pub(super) fn replay(golden: &Golden, device: &Device, dtypes: &[DType], views: Views) -> Result<(String, Worst)> {
+pub(super) fn replay(golden: &Golden, device: &Device, dtypes: &[DType], variant: &Variant) -> Result<(String, Worst)> {
     if let Some(error) = device.missing_libraries() {
         return Ok((format!("not run: {error}"), Worst::default()));
     }
@@ -25,7 +25,7 @@ pub(super) fn replay(golden: &Golden, device: &Device, dtypes: &[DType], views: 
     let known: Vec<DType> = dtypes.iter().copied().filter(|dtype| matches!(dtype, DType::F32 | DType::Bf16)).collect();
     for &dtype in &known {
         let check = Check { golden, dtype, worst };
-        (compared, worst) = replay_in(check, device, views)?;
+        (compared, worst) = replay_in(check, device, variant)?;
     }
     let dtypes: Vec<String> = known.iter().map(DType::to_string).collect();
     Ok((format!("{compared} in {}", dtypes.join(", ")), worst))
@@ -51,19 +51,21 @@ impl Start {
 
 /// How a trajectory is computed.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Step {
+pub(super) struct Step<'a> {
     /// The stem is as such devices have it.
     pub target: Target,
     pub dtype: DType,
-    pub views: Views,
+    pub variant: &'a Variant,
 }
 
 /// The network of a file on `device` with its start values and hyper-parameters.
-pub(super) fn start(golden: &Golden, device: &Device, step: Step, options: Options) -> Result<Start> {
-    let Step { target, dtype, views } = step;
+pub(super) fn start(golden: &Golden, device: &Device, step: Step<'_>, options: Options) -> Result<Start> {
+    let Step { target, dtype, variant } = step;
     let source = ViewSource::Given { padded: target == Target::Cuda };
     let (batch, image_size) = (golden.parse("batch")?, golden.parse("image_size")?);
-    let shape = StepShape { keep_gradients: true, views, ..StepShape::new(batch, image_size, dtype, source) };
+    let epilogues = Epilogues { gram: variant.bn.layers(), ..Epilogues::default() };
+    let plain = StepShape::new(batch, image_size, dtype, source);
+    let shape = StepShape { keep_gradients: true, views: variant.views, epilogues, ..plain };
     let TrainGraph { tape, views, step_params, loss, z_std, params, gradients, .. } =
         model(golden)?.record_step(&shape)?;
     let mut exec = device.executor_with(tape, options)?;
@@ -75,10 +77,10 @@ pub(super) fn start(golden: &Golden, device: &Device, step: Step, options: Optio
     Ok(Start { exec, views, loss, z_std, params, gradients })
 }
 
-fn replay_in(mut check: Check<'_>, device: &Device, views: Views) -> Result<(String, Worst)> {
+fn replay_in(mut check: Check<'_>, device: &Device, variant: &Variant) -> Result<(String, Worst)> {
     let (golden, dtype) = (check.golden, check.dtype);
     let steps: usize = golden.parse("steps")?;
-    let mut run = start(golden, device, Step { target: device.target(), dtype, views }, Options::default())?;
+    let mut run = start(golden, device, Step { target: device.target(), dtype, variant }, Options::default())?;
     let (mut losses, mut stds) = (Vec::new(), Vec::new());
     for step in 0..steps {
         run.write_views(golden, step)?;

@@ -6,13 +6,13 @@ use crate::backend::cpu::{CpuIo, Real};
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
-use crate::graph::{Again, Op};
+use crate::graph::{Again, GradBuilder, Op};
 use crate::ops::batch_norm::sums::block_rows;
 use crate::tensor::TensorDesc;
 
 use super::{cuda, expect, master_desc};
 
-/// `y = x - mean`: inputs x and its means `[groups, c]`.
+/// `y = x - mean`: inputs x and its means `[groups, c]`. For ops to which a constant makes no difference.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Centre {
     pub groups: usize,
@@ -29,8 +29,10 @@ impl Op for Centre {
         Ok(vec![x.clone()])
     }
 
-    fn differentiable(&self) -> bool {
-        false
+    /// What follows does not depend on the mean, so that its gradient is that of x as it is.
+    fn backward(&self, g: &mut GradBuilder<'_>) -> Result<()> {
+        let d_y = g.d_output(0)?;
+        g.pass(0, d_y)
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {

@@ -26,19 +26,19 @@ kernels! { "gram_norm";
     /// Folded weight, bias, rstd and running statistics.
     fn gram_fold[F32, Bf16, F16; 128](
         w: DevicePtr, t: DevicePtr, mean: DevicePtr, gamma: DevicePtr, beta: DevicePtr, groups: i32, c_out: i32, c_in: i32,
-        rows: f64, eps: f64, momentum: f64, folded: DevicePtr, bias: DevicePtr, rstd: DevicePtr, running_mean: DevicePtr,
+        rows: f64, centred: i32, eps: f64, momentum: f64, folded: DevicePtr, bias: DevicePtr, rstd: DevicePtr, running_mean: DevicePtr,
         running_var: DevicePtr, tracked: DevicePtr,
     );
     /// d_w, d_gamma, d_beta, and what d_z takes.
     fn gram_fold_backward[; 128](
         r: DevicePtr, splits: i32, s: DevicePtr, mean: DevicePtr, t: DevicePtr, w: DevicePtr, gamma: DevicePtr,
-        rstd: DevicePtr, groups: i32, c_out: i32, c_in: i32, rows: f64, d_w: DevicePtr, accumulate_w: i32,
+        rstd: DevicePtr, groups: i32, c_out: i32, c_in: i32, rows: f64, centred: i32, d_w: DevicePtr, accumulate_w: i32,
         d_gamma: DevicePtr, accumulate_gamma: i32, d_beta: DevicePtr, accumulate_beta: i32, q: DevicePtr,
     );
     /// m rounded, and -(s / rows) f - mean m.
     fn gram_shift[F32, Bf16, F16; 256](
-        m: DevicePtr, s: DevicePtr, f: DevicePtr, mean: DevicePtr, c_out: i32, c_in: i32, rows: f64, rounded: DevicePtr,
-        bias: DevicePtr,
+        m: DevicePtr, s: DevicePtr, f: DevicePtr, mean: DevicePtr, c_out: i32, c_in: i32, rows: f64, centred: i32,
+        rounded: DevicePtr, bias: DevicePtr,
     );
 }
 
@@ -93,6 +93,7 @@ pub(super) fn fold(io: &CudaIo<'_>, op: &Fold) -> Result<()> {
         outputs,
         inputs,
         op.rows as f64,
+        i32::from(op.centred),
         op.eps,
         op.momentum,
         folded,
@@ -127,6 +128,7 @@ pub(super) fn fold_backward(io: &CudaIo<'_>, op: &FoldBackward) -> Result<()> {
         outputs,
         inputs,
         op.rows as f64,
+        i32::from(op.centred),
         d_w,
         accumulate_w,
         d_gamma,
@@ -144,8 +146,10 @@ pub(super) fn shift(io: &CudaIo<'_>, op: &Shift) -> Result<()> {
     let (c_out, c_in) = (io.inputs[1].desc.shape.channels(), io.inputs[3].desc.shape.channels());
     let [m, s, f, mean] = [0, 1, 2, 3].map(|i| io.inputs[i].ptr);
     let ((rounded, bias), rows) = ((io.outputs[0].ptr, io.outputs[1].ptr), op.rows as f64);
-    let call = gram_shift(io.inputs[2].desc.dtype, m, s, f, mean, c_out as i32, c_in as i32, rows, rounded, bias);
-    let grid = Grid::new([c_in.div_ceil(32) as u32, op.groups as u32, 1]);
+    let ([c_out, c_in], centred) = ([c_out as i32, c_in as i32], i32::from(op.centred));
+    let tiles = (c_in as u32).div_ceil(32);
+    let call = gram_shift(io.inputs[2].desc.dtype, m, s, f, mean, c_out, c_in, rows, centred, rounded, bias);
+    let grid = Grid::new([tiles, op.groups as u32, 1]);
     // SAFETY: `infer` checked m, s, F and the mean against c_out, c_in and the groups, and made the outputs like m and the mean.
     unsafe { io.launch(grid, call) }
 }

@@ -20,6 +20,8 @@ pub(super) struct Fold {
     pub groups: usize,
     /// Rows of a group.
     pub rows: usize,
+    /// Whether z is centred where F is applied: the bias is then beta alone.
+    pub centred: bool,
     pub eps: f64,
     pub momentum: f64,
     /// Element type of F.
@@ -83,8 +85,9 @@ impl Fold {
             folded.par_chunks_mut(c_in).zip(w.par_chunks(c_in)).zip(&scale).for_each(|((folded, w), scale)| {
                 folded.iter_mut().zip(w).for_each(|(folded, w)| *folded = *scale * *w);
             });
+            let offset = |folded: &[T]| if self.centred { 0.0 } else { dot(folded, mean) };
             let bias: Vec<T> =
-                folded.chunks(c_in).zip(beta).map(|(folded, beta)| T::of(beta.to_f64() - dot(folded, mean))).collect();
+                folded.chunks(c_in).zip(beta).map(|(folded, beta)| T::of(beta.to_f64() - offset(folded))).collect();
             io.outputs[1].get::<T>()[group * c_out..][..c_out].copy_from_slice(&bias);
         }
     }

@@ -20,6 +20,8 @@ pub(super) struct FoldBackward {
     pub groups: usize,
     /// Rows of a group.
     pub rows: usize,
+    /// Whether z has a mean of 0, which is then nothing to be taken off R.
+    pub centred: bool,
 }
 
 impl Op for FoldBackward {
@@ -78,7 +80,7 @@ impl FoldBackward {
                     let part = |split: usize| &r[((group * splits + split) * c_out + k) * c_in..];
                     let centred = |j: usize| {
                         let sum: f64 = (0..splits).map(|split| part(split)[j].to_f64()).sum();
-                        sum - s[i].to_f64() * mean[j].to_f64()
+                        if self.centred { sum } else { sum - s[i].to_f64() * mean[j].to_f64() }
                     };
                     let centred: Vec<f64> = (0..c_in).map(centred).collect();
                     let rstd = rstd[i].to_f64();

@@ -13,7 +13,8 @@
 //! - d_z = (g - s / K) F + (z - m) M, with M = -W^T diag(A rstd d_gamma / K) W (C x C).
 //!
 //! No pass over the wide y is left: not to sum, to apply or to differentiate it. All is centred (S, R', z - m): nothing cancels
-//! but what the covariance takes off the sums of squares, and in float32 z is centred before it is squared.
+//! but what the covariance takes off the sums of squares. In float32 z is centred before all else, for a pass of its own: its
+//! mean is then part of neither products nor biases.
 //!
 //! The ops that compute the statistics have no gradients of their own: [`GramNorm`], the last one, has all of it.
 
@@ -85,19 +86,19 @@ pub fn record(tape: &mut Tape, layer: Layer, of: &Operands) -> Result<ValueId> {
         Some(mean) => mean,
         None => tape.record_one(GroupMeans { groups }, &[of.z])?,
     };
-    let centred = squares_centred(desc.dtype);
-    let d = if centred { tape.record_one(Centre { groups }, &[of.z, mean])? } else { of.z };
+    let centred = is_centred(desc.dtype);
+    let z = if centred { tape.record_one(Centre { groups }, &[of.z, mean])? } else { of.z };
     let splits = splits(rows, groups, [desc.shape.channels(); 2]);
-    let sums = tape.record_one(long_product(groups * splits), &[d, d])?;
+    let sums = tape.record_one(long_product(groups * splits), &[z, z])?;
     let covariance = tape.record_one(Covariance { groups, rows, centred }, &[sums, mean])?;
     let t = tape.record_one(
         Matmul { exact: true, ..Matmul::new(groups, Factor::PLAIN.shared(), Factor::PLAIN) },
         &[of.w, covariance],
     )?;
-    let fold = Fold { groups, rows, eps, momentum, to: desc.dtype };
+    let fold = Fold { groups, rows, centred, eps, momentum, to: desc.dtype };
     let folded = tape.record_updating(fold, &[of.w, t, mean, of.gamma, of.beta], &of.running)?;
-    let op = GramNorm { groups, relu, residual: of.residual.is_some(), c_out };
-    let inputs = [of.z, folded[0], folded[1]].into_iter().chain(of.residual);
+    let op = GramNorm { groups, centred, relu, residual: of.residual.is_some(), c_out };
+    let inputs = [z, folded[0], folded[1]].into_iter().chain(of.residual);
     let inputs: Vec<ValueId> = inputs.chain([of.w, of.gamma, of.beta, t, mean, folded[2]]).collect();
     tape.record_one(op, &inputs)
 }
@@ -112,9 +113,9 @@ fn check_rows(z: &TensorDesc, groups: usize) -> Result<usize> {
     Ok(z.shape.rows() / groups)
 }
 
-/// Whether z is centred before it is squared, which takes a pass of its own. In 16 bits it is not: the mean is taken off the
+/// Whether z is centred before all else, which takes a pass of its own. In 16 bits it is not: there the mean is taken off the
 /// float32 sums, whose error is below that of rounding y to 16 bits, as the usual route does (tests/gram_norm.rs).
-fn squares_centred(dtype: DType) -> bool {
+fn is_centred(dtype: DType) -> bool {
     matches!(dtype, DType::F32 | DType::F64)
 }
 
@@ -156,6 +157,8 @@ fn expect(op: &str, what: &str, got: &TensorDesc, expected: &TensorDesc) -> Resu
 #[derive(Debug, Clone, Copy)]
 pub struct GramNorm {
     groups: usize,
+    /// Whether z has a mean of 0.
+    centred: bool,
     relu: bool,
     residual: bool,
     c_out: usize,
@@ -234,7 +237,7 @@ impl Op for GramNorm {
         let (rows, c_in) = (desc.shape.rows() / groups, desc.shape.channels());
         let splits = splits(rows, groups, [self.c_out, c_in]);
         let r = g.emit_values(long_product(groups * splits), &[d_out, z], &[None])?[0];
-        let op = FoldBackward { groups, rows };
+        let op = FoldBackward { groups, rows, centred: self.centred };
         let wanted = |i: usize, g: &GradBuilder<'_>| g.needs(first + i).then_some(first + i);
         let targets = [wanted(0, g), wanted(1, g), wanted(2, g), None];
         let folded = g.emit_values(op, &[r, sums, mean, t, w, gamma, rstd], &targets)?;
@@ -243,7 +246,7 @@ impl Op for GramNorm {
         }
         let square = Matmul { exact: true, ..Matmul::new(groups, Factor::TRANSPOSED.shared(), Factor::PLAIN) };
         let m = g.emit_values(square, &[w, folded[3]], &[None])?[0];
-        let shift = g.emit_values(Shift { groups, rows }, &[m, sums, f, mean], &[None, None])?;
+        let shift = g.emit_values(Shift { groups, rows, centred: self.centred }, &[m, sums, f, mean], &[None, None])?;
         // The small term first: the sum is rounded once more when the large one is added.
         let product = Matmul::new(groups, Factor::PLAIN, Factor::PLAIN);
         g.emit(Matmul { bias: true, ..product }, &[z, shift[0], shift[1]], &[Some(0)])?;

@@ -19,6 +19,8 @@ pub(super) struct Shift {
     pub groups: usize,
     /// Rows of a group.
     pub rows: usize,
+    /// Whether z has a mean of 0, which then needs no correction.
+    pub centred: bool,
 }
 
 impl Op for Shift {
@@ -59,7 +61,7 @@ impl Shift {
             };
             let folded = f[group * c_out * c_in..].chunks(c_in);
             s.iter().zip(folded).for_each(|(s, f)| add(-s.to_f64() / self.rows as f64, f));
-            let of_group = &m[group * c_in * c_in..][..c_in * c_in];
+            let of_group = if self.centred { &[] } else { &m[group * c_in * c_in..][..c_in * c_in] };
             mean.iter().zip(of_group.chunks(c_in)).for_each(|(mean, m)| add(-mean.to_f64(), m));
             bias.iter_mut().zip(&total).for_each(|(bias, total)| *bias = T::of(*total));
         });
