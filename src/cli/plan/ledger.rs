@@ -115,7 +115,7 @@ impl Cost {
     /// What bounds the time.
     fn bound(&self) -> String {
         match self.bytes_time / self.time {
-            share if share == 0.0 => "FLOPs".into(),
+            0.0 => "FLOPs".into(),
             share if share < 1.0 => format!("{:.0} % bytes", 100.0 * share),
             _ => "bytes".into(),
         }
