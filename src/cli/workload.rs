@@ -14,6 +14,7 @@ use super::preset::Preset;
 use crate::backend::cpu::Tier;
 use crate::error::{Error, Result};
 use crate::exec::{Device, DeviceChoice, Executor, Opened, Options, Precision, room};
+use crate::graph::budget::MemoryBudget;
 use crate::graph::ledger::flops;
 use crate::graph::{Plan, ValueId};
 use crate::nn::epilogues::Epilogues;
@@ -133,15 +134,16 @@ impl WorkloadArgs {
         let source = ViewSource::Given { padded: matches!(device, Device::Cuda(_)) };
         let asked_epilogues = self.gpu.epilogues(EpilogueChoice::default());
         let epilogues = asked_epilogues.resolve(&device, precision.dtype());
-        let memory = self.memory.choose(MemoryChoice::default());
+        let mut memory = self.memory.choose(MemoryChoice::default());
+        let views = memory.views;
         let step = |batch| StepShape {
             epilogues: epilogues.clone(),
-            views: memory.views,
+            views,
             ..StepShape::new(batch, image_size, precision.dtype(), source.clone())
         };
         let batch = match self.batch {
             Some(BatchChoice::Images(batch)) => batch,
-            Some(BatchChoice::Largest) => largest_batch(&device, &model, memory, &step)?,
+            Some(BatchChoice::Largest) => largest_batch(&device, &model, &mut memory, &step)?,
             None => default_batch(&device),
         };
         let flops = flops(&model.train_graph(batch, image_size, precision.dtype(), false)?.tape);
@@ -300,20 +302,29 @@ fn default_batch(device: &Device) -> usize {
     }
 }
 
-/// The most images, in multiples of [`BATCH_STEP`], whose step is planned into the memory that is free.
+/// The most images, in multiples of [`BATCH_STEP`], whose step can be planned into the memory that is free; a budget is lowered to
+/// that.
 fn largest_batch(
     device: &Device,
     model: &SimSiam,
-    memory: MemoryChoice,
+    memory: &mut MemoryChoice,
     step: &dyn Fn(usize) -> StepShape,
 ) -> Result<usize> {
     let Device::Cuda(driver) = device else {
         return Err(Error::config("--batch", "largest: only CUDA devices have a memory of their own to fill"));
     };
     let room = room(&**driver)?;
+    let room = match &mut memory.budget {
+        Some(MemoryBudget::Bytes(bytes)) => {
+            *bytes = (*bytes).min(room as u64);
+            *bytes as usize
+        }
+        _ => room,
+    };
+    let least = MemoryChoice { budget: memory.budget.map(|_| MemoryBudget::Least), ..*memory };
     let planned = |batch| {
         let graph = model.record_step(&step(batch))?;
-        let (tape, _) = memory.fit(graph.tape, device.target())?;
+        let (tape, _) = least.fit(graph.tape, device.target())?;
         Ok::<_, Error>(Plan::new(&tape, device.target())?.memory.total)
     };
     let smallest = planned(BATCH_STEP)?;

@@ -36,11 +36,8 @@ fn apply<T: Real>(y: &mut [T], x: &[T], residual: Option<&[T]>, relu: bool, k: &
 }
 
 fn apply_row<T: Real>(y: &mut [T], x: &[T], residual: Option<&[T]>, relu: bool, k: &Coefficients<T>) {
-    let channels = k.mean.len();
-    let (y, x) = (&mut y[..channels], &x[..channels]);
-    for c in 0..channels {
-        y[c] = k.normalised(c, x[c]);
-    }
+    let channels = y.iter_mut().zip(x).zip(&k.mean).zip(&k.scale).zip(&k.beta);
+    channels.for_each(|((((y, x), mean), scale), beta)| *y = (*x - *mean) * *scale + *beta);
     if let Some(residual) = residual {
         y.iter_mut().zip(residual).for_each(|(y, r)| *y += *r);
     }
@@ -240,11 +237,11 @@ impl<T: Real> Masked<'_, T> {
             MaskData::None | MaskData::Pooled(_) => return d_y,
             MaskData::OfX(groups) => {
                 let k = &groups[row / self.group_rows];
-                let (x, g) = (&self.x[span], &mut g[..d_y.len()]);
-                for c in 0..d_y.len() {
-                    let open = k.normalised(c, x[c]) > T::ZERO;
-                    g[c] = if open { d_y[c] } else { T::ZERO };
-                }
+                let channels = g.iter_mut().zip(d_y).zip(&self.x[span]).zip(&k.mean).zip(&k.scale).zip(&k.beta);
+                channels.for_each(|(((((g, d_y), x), mean), scale), beta)| {
+                    let open = (*x - *mean) * *scale + *beta > T::ZERO;
+                    *g = if open { *d_y } else { T::ZERO };
+                });
             }
             MaskData::Stored(bits, pack) => {
                 let bits = &bits[span.start / pack..span.end / pack];
@@ -304,13 +301,12 @@ fn gradients<T: Real>(op: &BatchNormBackward, io: &mut CpuIo<'_>, mask: MaskData
     let masked = Masked { channels, group_rows, d_y, x, mask };
 
     let sums = group_sums::<T>(io.workspace, (op.groups, group_rows, channels), |group, row, [first, second], g| {
-        let (mean, x) = (&mean[of_group(group)], &x[row * channels..][..channels]);
-        let g = &masked.row(row, g)[..channels];
-        let (first, second) = (&mut first[..channels], &mut second[..channels]);
-        for c in 0..channels {
-            first[c] += g[c];
-            second[c] += g[c] * (x[c] - mean[c]);
-        }
+        let (mean, x) = (&mean[of_group(group)], &x[row * channels..]);
+        let sums = first.iter_mut().zip(second).zip(masked.row(row, g)).zip(x).zip(mean);
+        sums.for_each(|((((first, second), g), x), mean)| {
+            *first += *g;
+            *second += *g * (*x - *mean);
+        });
     });
     if op.affine {
         write_affine_gradients::<T>(io, &sums, rstd, channels);

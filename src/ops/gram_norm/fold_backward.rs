@@ -75,20 +75,20 @@ impl FoldBackward {
             .map(|(k, d_w)| {
                 let w = &w[k * c_in..][..c_in];
                 let mut total: Vec<f64> = d_w.iter().map(|d| if accumulate { d.to_f64() } else { 0.0 }).collect();
+                let mut centred = vec![0.0; c_in];
                 let of_group = |group: usize| {
-                    let (i, mean) = (group * c_out + k, &mean[group * c_in..]);
-                    let part = |split: usize| &r[((group * splits + split) * c_out + k) * c_in..];
-                    let centred = |j: usize| {
-                        let sum: f64 = (0..splits).map(|split| part(split)[j].to_f64()).sum();
-                        if self.centred { sum } else { sum - s[i].to_f64() * mean[j].to_f64() }
-                    };
-                    let centred: Vec<f64> = (0..c_in).map(centred).collect();
+                    let (i, mean) = (group * c_out + k, &mean[group * c_in..][..c_in]);
+                    let s = if self.centred { 0.0 } else { s[i].to_f64() };
+                    centred.iter_mut().zip(mean).for_each(|(centred, mean)| *centred = -s * mean.to_f64());
+                    for split in 0..splits {
+                        let part = &r[((group * splits + split) * c_out + k) * c_in..][..c_in];
+                        centred.iter_mut().zip(part).for_each(|(centred, r)| *centred += r.to_f64());
+                    }
                     let rstd = rstd[i].to_f64();
                     let d_gamma = rstd * centred.iter().zip(w).map(|(r, w)| r * w.to_f64()).sum::<f64>();
                     let scale = gamma[k].to_f64() * rstd;
-                    for (j, total) in total.iter_mut().enumerate() {
-                        *total += scale * (centred[j] - rstd * d_gamma * t[i * c_in + j].to_f64());
-                    }
+                    let terms = total.iter_mut().zip(&centred).zip(&t[i * c_in..][..c_in]);
+                    terms.for_each(|((total, r), t)| *total += scale * (r - rstd * d_gamma * t.to_f64()));
                     d_gamma
                 };
                 let d_gamma = (0..groups).map(of_group).collect();

@@ -85,10 +85,11 @@ fn mask_block<T: Real>(g: &mut [T], d_y: &[T], y: &[T], channels: usize) -> Vec<
         chain.fill(T::ZERO);
         for ((g, d_y), y) in g.chunks_exact_mut(channels).zip(d_y.chunks_exact(channels)).zip(y.chunks_exact(channels))
         {
-            for c in 0..channels {
-                g[c] = if y[c] > T::ZERO { d_y[c] } else { T::ZERO };
-                chain[c] += g[c];
-            }
+            let rows = g.iter_mut().zip(d_y).zip(y).zip(&mut chain);
+            rows.for_each(|(((g, d_y), y), sum)| {
+                *g = if *y > T::ZERO { *d_y } else { T::ZERO };
+                *sum += *g;
+            });
         }
         sums.iter_mut().zip(&chain).for_each(|(sum, chain)| *sum += chain.to_f64());
     }
