@@ -42,7 +42,7 @@ fn apply_row<T: Real>(y: &mut [T], x: &[T], residual: Option<&[T]>, relu: bool, 
         y.iter_mut().zip(residual).for_each(|(y, r)| *y += *r);
     }
     if relu {
-        y.iter_mut().for_each(|y| *y = if *y > T::ZERO { *y } else { T::ZERO });
+        y.iter_mut().for_each(|y| *y = y.when(*y > T::ZERO));
     }
 }
 
@@ -240,14 +240,14 @@ impl<T: Real> Masked<'_, T> {
                 let channels = g.iter_mut().zip(d_y).zip(&self.x[span]).zip(&k.mean).zip(&k.scale).zip(&k.beta);
                 channels.for_each(|(((((g, d_y), x), mean), scale), beta)| {
                     let open = (*x - *mean) * *scale + *beta > T::ZERO;
-                    *g = if open { *d_y } else { T::ZERO };
+                    *g = d_y.when(open);
                 });
             }
             MaskData::Stored(bits, pack) => {
                 let bits = &bits[span.start / pack..span.end / pack];
                 for ((g, d_y), bits) in g.chunks_mut(*pack).zip(d_y.chunks(*pack)).zip(bits) {
                     for (k, (g, d_y)) in g.iter_mut().zip(d_y).enumerate() {
-                        *g = if bits >> k & 1 != 0 { *d_y } else { T::ZERO };
+                        *g = d_y.when(bits >> k & 1 != 0);
                     }
                 }
             }

@@ -87,7 +87,7 @@ fn mask_block<T: Real>(g: &mut [T], d_y: &[T], y: &[T], channels: usize) -> Vec<
         {
             let rows = g.iter_mut().zip(d_y).zip(y).zip(&mut chain);
             rows.for_each(|(((g, d_y), y), sum)| {
-                *g = if *y > T::ZERO { *d_y } else { T::ZERO };
+                *g = d_y.when(*y > T::ZERO);
                 *sum += *g;
             });
         }
