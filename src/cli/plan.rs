@@ -28,7 +28,7 @@ use crate::nn::ParamInfo;
 use crate::nn::simsiam::{SimSiam, StepShape, TrainGraph, ViewSource};
 use crate::ops::augment::Augmentation;
 use crate::tensor::DType;
-use crate::train::epilogues::EpilogueChoice;
+use crate::train::epilogues::{EpilogueChoice, Processor};
 use crate::train::memory::MemoryChoice;
 
 use ledger::{Ledger, LedgerArgs};
@@ -121,8 +121,11 @@ impl Report {
         let precision = args.dtype.unwrap_or(if target == Target::Cuda { Precision::Bf16 } else { Precision::F32 });
         let source = view_source(args, &model, target, image_size, precision.dtype())?;
         let memory = args.memory.choose(MemoryChoice::default());
-        let capability = (target == Target::Cuda).then(|| args.ledger.gpu.capability());
-        let epilogues = args.epilogues.of(EpilogueChoice::default()).resolve_for(capability, precision.dtype());
+        let on = match target {
+            Target::Cpu => Processor::Cpu,
+            Target::Cuda => Processor::Gpu(Some(args.ledger.gpu.capability())),
+        };
+        let epilogues = args.epilogues.of(EpilogueChoice::default()).resolve_for(on, precision.dtype());
         let plain = StepShape::new(batch, image_size, precision.dtype(), source);
         let shape = StepShape { epilogues, views: memory.views, ..plain };
         let TrainGraph { tape, params, .. } = model.record_step(&shape)?;

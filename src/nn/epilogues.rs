@@ -31,6 +31,8 @@ pub(crate) use written_as_text;
 /// What the channels of an ordinary convolution are multiples of, and the largest side of its kernel.
 const CHANNELS: usize = 8;
 const KERNEL: usize = 3;
+/// Most input channels of a narrow one.
+pub const NARROW: usize = 128;
 /// Layers that an error names.
 const NAMED: usize = 4;
 
@@ -41,6 +43,8 @@ pub enum Layers {
     All,
     /// Those with kernels up to 3x3 and a multiple of 8 channels on both sides: all but a stem's 7x7 in the usual networks.
     Ordinary,
+    /// Those of up to [`NARROW`] input channels.
+    Narrow,
     /// Those with one of these names, and those below it: `encoder.layer1` has `encoder.layer1.0.conv2`, but not
     /// `encoder.layer10.0.conv2`.
     Named(Vec<String>),
@@ -55,6 +59,7 @@ impl Layers {
     pub fn contain(&self, layer: &str, kernel: usize, channels: [usize; 2]) -> bool {
         match self {
             Layers::All => true,
+            Layers::Narrow => channels[0] <= NARROW,
             Layers::Ordinary => kernel <= KERNEL && channels.iter().all(|c| c.is_multiple_of(CHANNELS)),
             Layers::Named(names) => names.iter().any(|name| is_below(layer, name)),
         }
@@ -104,6 +109,7 @@ impl Display for Layers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Layers::All => f.write_str("all"),
+            Layers::Narrow => write!(f, "all of up to {NARROW} input channels"),
             Layers::Ordinary => f.write_str("all up to 3x3 with multiples of 8 channels"),
             Layers::Named(names) if names.is_empty() => f.write_str("none"),
             Layers::Named(names) => f.write_str(&names.join(",")),
@@ -250,6 +256,7 @@ mod tests {
         {
             assert_eq!(Layers::Ordinary.contain("a", kernel, channels), expected, "{kernel} {channels:?}");
         }
+        assert!(Layers::Narrow.contain("a", 1, [128, 512]) && !Layers::Narrow.contain("a", 1, [136, 8]));
         assert!("a,,b".parse::<Layers>().unwrap_err().starts_with("expected all, none, or names"));
     }
 

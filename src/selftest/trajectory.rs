@@ -14,6 +14,7 @@ use crate::nn::simsiam::{LOSS_SCALE, SimSiam, StepShape, TrainGraph, ViewSource}
 use crate::ops::sgd::StepParam;
 use crate::ops::similarity::Kind;
 use crate::tensor::{DType, HostTensor};
+use crate::train::epilogues::Processor;
 use crate::train::state::{read_params, to_torch, write_initial, write_params};
 
 /// Replays a file in each of `dtypes` that PyTorch's own error is known for; returns what was compared and the worst error.
@@ -63,7 +64,7 @@ pub(super) fn start(golden: &Golden, device: &Device, step: Step<'_>, options: O
     let Step { target, dtype, variant } = step;
     let source = ViewSource::Given { padded: target == Target::Cuda };
     let (batch, image_size) = (golden.parse("batch")?, golden.parse("image_size")?);
-    let epilogues = Epilogues { gram: variant.bn.layers(), ..Epilogues::default() };
+    let epilogues = Epilogues { gram: variant.bn.layers(Processor::Gpu(None)), ..Epilogues::default() };
     let plain = StepShape::new(batch, image_size, dtype, source);
     let shape = StepShape { keep_gradients: true, views: variant.views, epilogues, ..plain };
     let TrainGraph { tape, views, step_params, loss, z_std, params, gradients, .. } =
