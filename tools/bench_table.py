@@ -37,7 +37,7 @@ def engine_row(name, step):
     used = step["device_bytes_in_use"] or step["planned_bytes"]
     return {
         "who": "engine",
-        "setting": step["dtype"] + (", largest batch" if name.endswith("largest") else "") + (", no graph" if not step["graph"] else "") + (", autotuned" if step["autotune"] else ""),
+        "setting": step["dtype"] + (", largest batch" if name.endswith("largest") else "") + (", no graph" if not step["graph"] else "") + (", autotuned" if step["autotune"] else "") + (", gram" if step.get("bn_gram", "none") != "none" else ""),
         "batch": step["batch"],
         "images_per_s": step["images_per_s"],
         "step_ms": 1e3 * step["step_s"],

@@ -138,6 +138,8 @@ check_results() {
         check replay 90 "$engine" selftest --device "$device" --replay
         check lockstep 90 "$engine" selftest --device "$device" --lockstep
     fi
+    check selftest-gram 120 "$engine" selftest --device "$device" --bn gram
+    [ "$full" = 0 ] || check selftest-sequential 120 "$engine" selftest --device "$device" --views sequential
     local tool tools_of_sanitizer=(memcheck)
     [ "$full" = 0 ] || tools_of_sanitizer+=(racecheck synccheck)
     for tool in "${tools_of_sanitizer[@]}"; do
@@ -155,9 +157,14 @@ measure_speed() {
     for batch in "${batches[@]}"; do
         measure "step-$dtype-$batch" 90 "$engine" bench step "${step[@]}" --device "$device" --dtype "$dtype" --batch "$batch" --json
     done
+    # Batch norm without the results of the wide convolutions, at the first batch and at the most that fits then.
+    for batch in "${batches[0]}" "${batches[2]:-${batches[1]}}"; do
+        measure "step-gram-$dtype-$batch" 90 "$engine" bench step "${step[@]}" --device "$device" --dtype "$dtype" --batch "$batch" --bn gram --json
+    done
     # The other 16 bits, in which cuDNN knows more.
     [ "$torch_device" = cpu ] || measure "step-fp16-${batches[0]}" 90 "$engine" bench step "${step[@]}" --device "$device" --dtype fp16 --batch "${batches[0]}" --json
     check profile 90 "$engine" profile "${step[@]}" --device "$device" --dtype "$dtype" --batch "${batches[0]}" "${profile_files[@]}"
+    check profile-gram 90 "$engine" profile "${step[@]}" --device "$device" --dtype "$dtype" --batch "${batches[0]}" --bn gram --json profile-gram.json --png profile-gram.png
     if ! "$python" -c 'import torch, torchvision' 2>/dev/null; then
         note pytorch "left out: $python has no torch and torchvision" 0
     else

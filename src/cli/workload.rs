@@ -205,6 +205,7 @@ impl Workload {
             "model": self.model, "batch": self.batch, "image_size": self.image_size,
             "dtype": self.precision.to_string(), "graph": self.options.graph, "autotune": self.options.choice.autotune,
             "fuse_statistics": self.epilogues.statistics.to_string(),
+            "bn_gram": self.epilogues.gram.to_string(),
             "residual_gradient": self.epilogues.residual_gradient.to_string(),
             "fuse_pooling": self.epilogues.pooling,
             "views": self.memory.views, "memory_budget": self.memory.budget,

@@ -18,6 +18,7 @@ use crate::ops::bias::AddBias;
 use crate::ops::conv2d::{Conv2d, gradient_dtype};
 use crate::ops::cosine_loss::CosineLoss;
 use crate::ops::cross_entropy::CrossEntropy;
+use crate::ops::gram_norm::{self, Layer, Operands};
 use crate::ops::lars::LarsUpdate;
 use crate::ops::layout::{NchwToNhwc, NhwcToNchw};
 use crate::ops::linear::Linear;
@@ -28,6 +29,7 @@ use crate::ops::relu::Relu;
 use crate::ops::sgd::{Guard, SgdUpdate, StepParam};
 use crate::ops::similarity::{Kind, Similarity};
 use crate::ops::slice_rows::SliceRows;
+use crate::ops::subsample::Subsample;
 use crate::ops::z_std::ZStd;
 use crate::tensor::{DType, TensorDesc};
 
@@ -60,7 +62,10 @@ struct Case {
 impl Case {
     /// Whether `device` computes the op in `dtype`.
     fn runs(&self, device: &Device, dtype: DType) -> bool {
-        let by_library = matches!(self.op, OpCase::Conv2d { .. } | OpCase::Linear { .. } | OpCase::Matmul(_));
+        let by_library = matches!(
+            self.op,
+            OpCase::Conv2d { .. } | OpCase::Linear { .. } | OpCase::Matmul(_) | OpCase::ConvNorm { .. }
+        );
         (!by_library || device.has_libraries()) && (matches!(dtype, DType::F64 | DType::F32) || !self.err16.is_empty())
     }
 
@@ -78,7 +83,8 @@ impl Case {
     /// Whether a tensor stays in float32 when activations are in bfloat16 or float16.
     fn is_master(&self, tensor: &str) -> bool {
         let has_bias = matches!(self.op, OpCase::Linear { .. } | OpCase::AddBias);
-        MASTER.contains(&tensor) || (has_bias && tensor == "b")
+        let has_weight = matches!(self.op, OpCase::ConvNorm { .. });
+        MASTER.contains(&tensor) || (has_bias && tensor == "b") || (has_weight && tensor == "w")
     }
 }
 
@@ -87,6 +93,7 @@ impl Case {
 enum OpCase {
     Conv2d { stride: [usize; 2], padding: [usize; 2] },
     BatchNorm { groups: usize, eps: f64, momentum: f64, relu: bool, residual: bool, affine: bool },
+    ConvNorm { groups: usize, eps: f64, momentum: f64, relu: bool, residual: bool, stride: usize },
     BatchNormEval { eps: f64, relu: bool, residual: bool, affine: bool },
     Relu,
     MaxPool { kernel: usize, stride: usize, padding: usize },
@@ -205,6 +212,9 @@ impl Replay<'_> {
                 let fusion = Fusion { affine, residual, relu };
                 self.batch_norm(BatchNorm { groups, eps, momentum, fusion, sums_given: false, means: false })
             }
+            OpCase::ConvNorm { groups, eps, momentum, relu, residual, stride } => {
+                self.conv_norm(Layer { groups, eps, momentum, relu }, stride, residual)
+            }
             OpCase::BatchNormEval { eps, relu, residual, affine } => {
                 let names = ["x", "running_mean", "running_var"].into_iter();
                 let names: Vec<&str> = names.chain(optional_names(affine, residual)).collect();
@@ -277,6 +287,22 @@ impl Replay<'_> {
         let recorded = self.tape.record_updating(op, &inputs_only, &updates)?;
         self.results.extend(state.drain(..).map(|(name, value)| (format!("out/{name}"), value)));
         self.differentiate(&inputs, &["y", "mean", "rstd"], &recorded)
+    }
+
+    /// A 1x1 convolution and its batch norm, by the covariance of the input.
+    fn conv_norm(&mut self, layer: Layer, stride: usize, residual: bool) -> Result<()> {
+        let names: Vec<&str> = ["x", "w", "gamma", "beta"].into_iter().chain(residual.then_some("residual")).collect();
+        let inputs = self.inputs(&names, Role::Input)?;
+        let state = self.inputs(&["running_mean", "running_var"], Role::State)?;
+        let tracked = self.tape.leaf("num_batches_tracked", TensorDesc::new([], DType::I64), Role::State, false);
+        self.leaves.push((tracked, vec![0.0]));
+        let [x, w, gamma, beta] = [0, 1, 2, 3].map(|i| inputs[i].1);
+        let z = if stride == 1 { x } else { self.tape.record_one(Subsample { stride }, &[x])? };
+        let (residual, running) = (inputs.get(4).map(|(_, value)| *value), [state[0].1, state[1].1, tracked]);
+        let operands = Operands { z, mean: None, w, gamma, beta, residual, running };
+        let y = gram_norm::record(&mut self.tape, layer, &operands)?;
+        self.results.extend(state.into_iter().map(|(name, value)| (format!("out/{name}"), value)));
+        self.differentiate(&inputs, &["y"], &[y])
     }
 
     /// The target is a constant, and the gradient of the loss an input.

@@ -101,6 +101,17 @@ def batch_norm(i, a):
     }
 
 
+def conv_norm(i, a):
+    """A 1x1 convolution and its batch norm; the statistics of both are the convolution's result's."""
+    running_mean, running_var = i["running_mean"].detach().clone(), i["running_var"].detach().clone()
+    stride, attributes = a["stride"], a | {"affine": True}
+    parts = []
+    for x in i["x"].chunk(a["groups"]):
+        y = nhwc(F.conv2d(nchw(x), nchw(i["w"]), stride=(stride, stride)))
+        parts.append(_normalise(y, i, attributes, running_mean, running_var, training=True))
+    return {"y": _after_norm(torch.cat(parts), i, a), "running_mean": running_mean, "running_var": running_var}
+
+
 def batch_norm_eval(i, a):
     return {"y": _after_norm(_normalise(i["x"], i, a, i["running_mean"], i["running_var"], training=False), i, a)}
 
@@ -243,6 +254,7 @@ def add(i, a):
 OPS = {
     "conv2d": (conv2d, "y", ("x", "w")),
     "batch_norm": (batch_norm, "y", ("x", "gamma", "beta", "residual")),
+    "conv_norm": (conv_norm, "y", ("x", "w", "gamma", "beta", "residual")),
     "batch_norm_eval": (batch_norm_eval, None, ()),
     "relu": (relu, "y", ("x",)),
     "max_pool": (max_pool, "y", ("x",)),
@@ -297,6 +309,7 @@ def cases():
     """Yields (case, op, attributes, inputs)."""
     yield from _conv_cases()
     yield from _norm_cases()
+    yield from _conv_norm_cases()
     yield from _pool_and_linear_cases()
     yield from _matmul_cases()
     yield from _loss_cases()
@@ -377,6 +390,44 @@ def _norm_cases():
         yield case, "batch_norm_eval", attributes, _clear_of_relu(
             case, "batch_norm_eval", attributes, lambda draw: _norm_inputs(draw, shape, affine, residual, 0.0, 1.0)
         )
+
+
+def _conv_norm_cases():
+    #        case                         x shape           c_out stride groups relu  residual mean  std
+    table = [
+        ("conv_norm/two_groups_residual_relu", (4, 3, 5, 6), 24,  1,     2,     True,  True,    0.5,  1.0),
+        ("conv_norm/relu",                (6, 5, 3, 8),      32,  1,     2,     True,  False,   0.3,  1.0),
+        ("conv_norm/stride2_three_groups", (3, 7, 4, 5),     7,   2,     3,     False, False,   0.0,  1.0),
+        ("conv_norm/residual",            (3, 4, 3, 3),      17,  1,     1,     False, True,    0.0,  1.0),
+        ("conv_norm/large_mean",          (4, 6, 5, 4),      9,   1,     2,     False, False,   20.0, 0.3),
+        ("conv_norm/many_channels",       (2, 9, 8, 31),     65,  1,     1,     True,  True,    0.2,  1.0),
+    ]  # fmt: skip
+    for case, shape, c_out, stride, groups, relu_, residual, mean, std in table:
+        attributes = {"groups": groups, "eps": 1e-5, "momentum": 0.1, "relu": relu_, "residual": residual, "stride": stride}
+        for attempt in range(10_000):
+            inputs = _conv_norm_inputs(Draw(case, attempt), shape, c_out, stride, residual, mean, std)
+            before = conv_norm(inputs, attributes | {"relu": False})["y"]
+            if not relu_ or before.abs().min() > _MARGIN:
+                break
+        else:
+            raise RuntimeError(f"{case}: no draw keeps clear of the ReLU's corner")
+        yield case, "conv_norm", attributes, inputs
+
+
+def _conv_norm_inputs(draw, shape, c_out, stride, residual, mean, std):
+    n, h, w, c = shape
+    x = draw.normal(*shape) * draw.uniform(0.5, 1.5, c) * std + draw.normal(c) + mean
+    inputs = {
+        "x": x.float().double(),
+        "w": draw.normal(c_out, 1, 1, c, mean=0.1 / c**0.5, std=c**-0.5),
+        "gamma": draw.uniform(-1.5, 1.5, c_out),
+        "beta": draw.normal(c_out, std=0.5),
+        "running_mean": draw.normal(c_out),
+        "running_var": draw.uniform(0.5, 2.0, c_out),
+    }
+    if residual:
+        inputs["residual"] = draw.normal(n, -(-h // stride), -(-w // stride), c_out, mean=0.2)
+    return inputs
 
 
 def _clear_of_relu(case, op, attributes, make_inputs):
