@@ -52,7 +52,10 @@ fn plan_tells_parameters_and_memory() {
     assert!(row("backbone parameters").ends_with(" 23,508,032"), "{text}");
     // 38,199,360 float32 values, momenta likewise; padding to the arena's alignment is less than a thousandth.
     assert!(row("parameters").ends_with(" 152.80") && row("optimiser state").ends_with(" 152.80"), "{text}");
-    assert!(text.starts_with("resnet50, imagenet stem, 224x224 pixels, batch 512 (1024 views, together), f32\n"), "{text}");
+    assert!(
+        text.starts_with("resnet50, imagenet stem, 224x224 pixels, batch 512 (1024 views, together), f32\n"),
+        "{text}"
+    );
     let buffers = text.lines().skip_while(|line| !line.starts_with("largest buffers")).count();
     assert_eq!(buffers, 1 + 3, "{text}");
 }
