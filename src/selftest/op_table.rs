@@ -78,7 +78,9 @@ impl Case {
     /// Whether a tensor stays in float32 when activations are in bfloat16 or float16.
     fn is_master(&self, tensor: &str) -> bool {
         let has_bias = matches!(self.op, OpCase::Linear { .. } | OpCase::AddBias);
-        MASTER.contains(&tensor) || (has_bias && tensor == "b")
+        // What is added to a product is like its result.
+        let widened = matches!(self.op, OpCase::Matmul(MatmulCase { widened: true, .. }));
+        MASTER.contains(&tensor) || (has_bias && tensor == "b") || (widened && tensor == "addend")
     }
 }
 
