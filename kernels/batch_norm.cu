@@ -261,6 +261,13 @@ __device__ __forceinline__ void finish_backward(const Partial* partials, int chu
     });
 }
 
+// The scale that finish_statistics computes, once more, for channels of groups. Grid: a stride over them.
+__device__ __forceinline__ void scale_again(const float* __restrict__ rstd, const float* __restrict__ gamma,
+                                            float* __restrict__ scale, int groups, int channels) {
+    const int64_t all = int64_t{groups} * channels;
+    for (int64_t i = global_thread(); i < all; i += global_threads()) scale[i] = scale_of(gamma + i % channels, rstd[i]);
+}
+
 // The scale of evaluation, from the running variance.
 __device__ __forceinline__ void eval_scale(const float* __restrict__ variance, const float* __restrict__ gamma, double eps,
                                            float* __restrict__ scale, int channels) {
@@ -312,6 +319,41 @@ __device__ __forceinline__ void apply(const T* __restrict__ x, const T* __restri
             }
         store_rows(y + i, v, tile.stride);
         if (RESIDUAL && mask) store_mask<T>(mask + i / N, v, tile.stride / N);
+    });
+}
+
+// As `apply` without a residual, with partial sums of the columns of y as it is stored, [chunks of all groups][channels].
+template <int N, class T>
+__device__ __forceinline__ void apply_and_sum(const T* __restrict__ x, const float* __restrict__ mean,
+                                              const float* __restrict__ scale, const float* __restrict__ beta, bool relu, T* y,
+                                              float* __restrict__ partials, const RowTiles& tiles) {
+    const Tile<N> tile(tiles, gridDim.x - 1 - blockIdx.x);
+    Channels<N> of = {};
+    float sums[1][N] = {};
+    if (tile.inside) {
+        const int64_t of_group = tile.group * tiles.channels + tile.channel;
+        of.load_mean_and_beta(mean + of_group, beta ? beta + tile.channel : nullptr);
+        load(of.scale, scale + of_group);
+    }
+    for_rows<4>(tile, [&](int64_t i, auto count) {
+        constexpr int U = decltype(count)::value;
+        float v[U][N];
+        load_rows(v, x + i, tile.stride);
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            float stored[U];
+#pragma unroll
+            for (int u = 0; u < U; ++u) {
+                const float out = of.normalised(k, v[u][k]);
+                v[u][k] = relu && !(out > 0.0f) ? 0.0f : out;
+                stored[u] = to_float(from_float<T>(v[u][k]));
+            }
+            sums[0][k] += tree_sum(stored);
+        }
+        store_rows(y + i, v, tile.stride);
+    });
+    sum_over_rows(sums, tile, [&](int channel, const float(&totals)[1]) {
+        partials[tile.chunk * tiles.channels + channel] = totals[0];
     });
 }
 
@@ -376,6 +418,14 @@ __device__ __forceinline__ void backward_apply(const T* __restrict__ d_y, const 
         });                                                                                                                 \
     }                                                                                                                       \
     EXPORT(batch_norm_apply_##S)                                                                                            \
+    KERNEL(TILE_THREADS)                                                                                                    \
+    batch_norm_apply_and_sum_##S(const T* x, const float* mean, const float* scale, const float* beta, int32_t relu, T* y,  \
+                                 float* partials, RowTiles tiles) {                                                         \
+        with_width<T>(tiles.channels, [&](auto n) {                                                                         \
+            apply_and_sum<decltype(n)::value>(x, mean, scale, beta, relu != 0, y, partials, tiles);                         \
+        });                                                                                                                 \
+    }                                                                                                                       \
+    EXPORT(batch_norm_apply_and_sum_##S)                                                                                    \
     KERNEL_RESIDENT(TILE_THREADS, 2)                                                                                        \
     batch_norm_backward_reduce_##S(const T* d_y, const T* x, int32_t masking, const uint8_t* mask, const float* mean,       \
                                    const float* rstd, const float* gamma, const float* beta, T* d_residual,                 \
@@ -420,6 +470,12 @@ batch_norm_finish_sums(const float* sums, int32_t groups, int64_t rows, int32_t 
                 num_batches_tracked);
 }
 EXPORT(batch_norm_finish_sums)
+
+KERNEL(256)
+batch_norm_scale(const float* rstd, const float* gamma, float* scale, int32_t groups, int32_t channels) {
+    scale_again(rstd, gamma, scale, groups, channels);
+}
+EXPORT(batch_norm_scale)
 
 KERNEL(256)
 batch_norm_eval_scale(const float* variance, const float* gamma, double eps, float* scale, int32_t channels) {

@@ -61,6 +61,20 @@ __device__ __forceinline__ void slice_rows(const T* __restrict__ x, T* __restric
     }
 }
 
+// y = a, then b, n elements together; packs where a ends at one.
+template <class T>
+__device__ __forceinline__ void stack_rows(const T* __restrict__ a, const T* __restrict__ b, T* __restrict__ y, int64_t of_a,
+                                           int64_t n) {
+    const auto copy = [=](int64_t i, auto count) {
+        copy_pack<decltype(count)::value>(y + i, i < of_a ? a + i : b + (i - of_a));
+    };
+    if (of_a % WIDTH<T> == 0) {
+        for_each_pack<WIDTH<T>>(n, copy);
+    } else {
+        for_each_pack<1>(n, copy);
+    }
+}
+
 // d_x[first .. first + len] = d_y, zero in the rest of the n elements; or added there, the rest untouched. Packs where
 // the range begins and ends at one.
 template <class T>
@@ -96,6 +110,9 @@ __device__ __forceinline__ void slice_rows_backward(const T* __restrict__ d_y, T
     EXPORT(add_##S)                                                                                                    \
     KERNEL(256) slice_rows_##S(const T* x, T* y, int64_t first, int64_t n) { slice_rows(x, y, first, n); }             \
     EXPORT(slice_rows_##S)                                                                                             \
+    KERNEL(256)                                                                                                        \
+    stack_rows_##S(const T* a, const T* b, T* y, int64_t of_a, int64_t n) { stack_rows(a, b, y, of_a, n); }            \
+    EXPORT(stack_rows_##S)                                                                                             \
     KERNEL(256)                                                                                                        \
     slice_rows_backward_##S(const T* d_y, T* d_x, int64_t first, int64_t len, int64_t n, int32_t accumulate) {         \
         slice_rows_backward(d_y, d_x, first, len, n, accumulate);                                                      \

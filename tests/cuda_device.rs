@@ -22,7 +22,7 @@ use simsiam_engine::graph::{Role, Tape};
 use simsiam_engine::ops::cuda_kernels;
 use simsiam_engine::ops::relu::Relu;
 use simsiam_engine::ops::sgd::{Guard, SgdUpdate, StepParam};
-use simsiam_engine::selftest;
+use simsiam_engine::selftest::{self, Variant};
 use simsiam_engine::tensor::{DType, HostTensor, TensorDesc};
 
 /// No multiple of a pack, a warp or a block.
@@ -410,7 +410,7 @@ under_fake_cuda! {
     /// Every op that has kernels of its own, through the executor.
     fn the_op_table_passes("") {
         let device = Device::Cuda(Arc::new(CudaDevice::open(0).unwrap()));
-        let outcomes = selftest::run(None, &device, &[DType::F32, DType::Bf16, DType::F16], |_| ()).unwrap();
+        let outcomes = selftest::run(None, &device, &[DType::F32, DType::Bf16, DType::F16], &Variant::default(), |_| ()).unwrap();
         let tables: Vec<_> = outcomes.iter().filter(|o| o.compared.contains("ops cases")).collect();
         assert!(!tables.is_empty());
         for outcome in tables {

@@ -232,8 +232,11 @@ fn statistics_come_out_of_the_convolution_in_float16_on_hopper() {
 
 /// Those that have something fused, in every network at every size.
 fn fused_convolutions(views: usize, dtype: DType) -> Vec<Convolution> {
-    let epilogues =
-        Epilogues { statistics: "all".parse().unwrap(), residual_gradient: "fused".parse().unwrap(), pooling: false };
+    let epilogues = Epilogues {
+        statistics: "all".parse().unwrap(),
+        residual_gradient: "fused".parse().unwrap(),
+        ..Epilogues::default()
+    };
     let mut all = BTreeMap::new();
     for (arch, size) in ARCHS.into_iter().flat_map(|arch| SIZES.map(|size| (arch, size))) {
         let found = convolutions_with(arch, size, views, dtype, epilogues.clone());

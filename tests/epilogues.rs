@@ -72,7 +72,7 @@ impl Pair {
         let sums = convolved.get(1).copied();
         let fusion = Fusion { affine: true, residual: self.residual, relu: self.relu };
         let sums_given = sums.is_some();
-        let op = BatchNorm { groups: self.groups, eps: 1e-5, momentum: 0.1, fusion, sums_given };
+        let op = BatchNorm { groups: self.groups, eps: 1e-5, momentum: 0.1, fusion, sums_given, means: false };
         let inputs = [convolved[0], gamma, beta].into_iter().chain(self.residual.then_some(x)).chain(sums);
         let y = tape.record_updating(op, &inputs.collect::<Vec<_>>(), &[mean, var, tracked]).unwrap();
         let desc = tape.desc(y[0]).clone();
@@ -182,7 +182,7 @@ fn sums_of_the_wrong_groups_are_refused() {
     let y = tape.record(conv(3), &[x, w]).unwrap();
     assert_eq!(tape.desc(y[1]), &TensorDesc::new([3, 2, 5], DType::F32));
     let fusion = Fusion { affine: false, residual: false, relu: false };
-    let norm = BatchNorm { groups: 2, eps: 1e-5, momentum: 0.1, fusion, sums_given: true };
+    let norm = BatchNorm { groups: 2, eps: 1e-5, momentum: 0.1, fusion, sums_given: true, means: false };
     let message = tape.record(norm, &y).unwrap_err().to_string();
     assert!(message.contains("sums: expected f32[2, 2, 5], got f32[3, 2, 5]"), "{message}");
 }
@@ -222,7 +222,7 @@ fn model(stem: Stem) -> SimSiam {
 
 fn epilogues(statistics: &str, residual_gradient: &str) -> Epilogues {
     let (statistics, residual_gradient) = (statistics.parse().unwrap(), residual_gradient.parse().unwrap());
-    Epilogues { statistics, residual_gradient, pooling: false }
+    Epilogues { statistics, residual_gradient, ..Epilogues::default() }
 }
 
 fn record(epilogues: Epilogues, dtype: DType) -> Result<TrainGraph> {

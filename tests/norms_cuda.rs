@@ -66,7 +66,7 @@ fn consumers(channels: usize, groups: usize) -> (Tape, Vec<ValueId>) {
         let fusion = Fusion { affine: true, residual: with_residual, relu };
         let mut inputs = vec![x, gamma, beta];
         inputs.extend(with_residual.then_some(residual));
-        let op = BatchNorm { groups, eps: 1e-5, momentum: 0.1, fusion, sums_given: false };
+        let op = BatchNorm { groups, eps: 1e-5, momentum: 0.1, fusion, sums_given: false, means: false };
         outputs.push(tape.record_updating(op, &inputs, &[state[0], state[1], tracked]).unwrap()[0]);
     }
     for (kernel, stride, padding) in [(3, 2, 1), (4, 3, 2)] {
@@ -172,7 +172,7 @@ fn stem(fused: bool, [n, h, w, channels]: [usize; 4], groups: usize, dtype: DTyp
         true => tape.record_updating(BatchNormMaxPool::new(groups, 1e-5, 0.1, false), &inputs, &updates).unwrap()[0],
         false => {
             let fusion = Fusion { affine: true, residual: false, relu: true };
-            let norm = BatchNorm { groups, eps: 1e-5, momentum: 0.1, fusion, sums_given: false };
+            let norm = BatchNorm { groups, eps: 1e-5, momentum: 0.1, fusion, sums_given: false, means: false };
             let y = tape.record_updating(norm, &inputs, &updates).unwrap()[0];
             tape.record_one(MaxPool { kernel: 3, stride: 2, padding: 1 }, &[y]).unwrap()
         }

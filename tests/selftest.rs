@@ -2,10 +2,12 @@
 
 use simsiam_engine::backend::cpu::Tier;
 use simsiam_engine::exec::Device;
+use simsiam_engine::nn::views::Views;
+use simsiam_engine::selftest::Variant;
 use simsiam_engine::tensor::DType;
 
-fn replay(device: &Device, dtypes: &[DType]) {
-    let outcomes = simsiam_engine::selftest::run(None, device, dtypes, |_| ()).unwrap();
+fn replay(device: &Device, dtypes: &[DType], variant: &Variant) {
+    let outcomes = simsiam_engine::selftest::run(None, device, dtypes, variant, |_| ()).unwrap();
     assert_eq!(outcomes.len(), 6);
     for outcome in &outcomes {
         println!(
@@ -17,14 +19,32 @@ fn replay(device: &Device, dtypes: &[DType]) {
     }
 }
 
+fn sequential() -> Variant {
+    Variant { views: Views::Sequential, ..Variant::default() }
+}
+
+fn gram() -> Variant {
+    Variant { bn: "gram".parse().unwrap(), ..Variant::default() }
+}
+
+#[test]
+fn gram_norm_agrees_with_pytorch() {
+    replay(&Device::Cpu(Tier::Direct), &[DType::F64, DType::F32], &gram());
+}
+
 #[test]
 fn direct_tier_agrees_with_pytorch() {
-    replay(&Device::Cpu(Tier::Direct), &[DType::F64, DType::F32]);
+    replay(&Device::Cpu(Tier::Direct), &[DType::F64, DType::F32], &Variant::default());
+}
+
+#[test]
+fn one_view_after_the_other_agrees_with_pytorch() {
+    replay(&Device::Cpu(Tier::Direct), &[DType::F64, DType::F32], &sequential());
 }
 
 #[test]
 fn reference_tier_agrees_with_pytorch() {
-    replay(&Device::Cpu(Tier::Reference), &[DType::F64, DType::F32]);
+    replay(&Device::Cpu(Tier::Reference), &[DType::F64, DType::F32], &Variant::default());
 }
 
 /// The kernels, run on the CPU.
@@ -44,18 +64,23 @@ mod emulated {
 
     #[test]
     fn float64_is_refused_before_a_kernel_is_looked_for() {
-        let refused = simsiam_engine::selftest::run(None, &device(1, 0), &[DType::F64], |_| ());
+        let refused = simsiam_engine::selftest::run(None, &device(1, 0), &[DType::F64], &Variant::default(), |_| ());
         let message = refused.unwrap_err().to_string();
         assert!(message.contains("CUDA devices do not compute in f64; hint: use f32"), "{message}");
     }
 
     #[test]
     fn kernels_agree_with_pytorch() {
-        replay(&device(2, 0), &DTYPES);
+        replay(&device(2, 0), &DTYPES, &Variant::default());
     }
 
     #[test]
     fn kernels_agree_with_pytorch_in_any_order_of_blocks_and_warps() {
-        replay(&device(3, 0x5EED), &DTYPES);
+        replay(&device(3, 0x5EED), &DTYPES, &sequential());
+    }
+
+    #[test]
+    fn kernels_of_gram_norm_agree_with_pytorch() {
+        replay(&device(2, 3), &DTYPES, &gram());
     }
 }

@@ -47,6 +47,13 @@ impl ConvGeometry {
         self.n * self.h * self.w * self.c_in
     }
 
+    /// Elements of the input that lie in a window. Of a 1x1 kernel with stride 2 that is a quarter.
+    pub fn x_covered(&self) -> usize {
+        let rows = covered(self.h, self.oh(), self.kernel[0], self.stride[0], self.padding[0]);
+        let columns = covered(self.w, self.ow(), self.kernel[1], self.stride[1], self.padding[1]);
+        self.n * rows * columns * self.c_in
+    }
+
     /// Elements of the weights.
     pub fn w_len(&self) -> usize {
         self.c_out * self.patch()
@@ -60,5 +67,48 @@ impl ConvGeometry {
     /// Panics unless slices for input, weights and output have these lengths.
     pub fn check_lengths(&self, x: usize, w: usize, y: usize) {
         assert_eq!((x, w, y), (self.x_len(), self.w_len(), self.y_len()), "convolution: lengths of x, w and y");
+    }
+}
+
+/// Of `size` positions in a row, those that lie in one of `windows` windows.
+fn covered(size: usize, windows: usize, kernel: usize, stride: usize, padding: usize) -> usize {
+    let (mut count, mut end) = (0, 0);
+    for start in (0..windows).map(|window| window * stride) {
+        let (from, to) = (start.saturating_sub(padding), (start + kernel).saturating_sub(padding).min(size));
+        count += to.saturating_sub(from.max(end));
+        end = end.max(to);
+    }
+    count
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn covered_positions_are_those_of_any_window() {
+        for (size, kernel, stride, padding) in [
+            (56, 1, 2, 0),
+            (55, 1, 2, 0),
+            (9, 3, 2, 1),
+            (8, 3, 2, 1),
+            (224, 7, 2, 3),
+            (10, 2, 3, 0),
+            (11, 2, 5, 1),
+            (3, 1, 1, 2),
+        ] {
+            let windows = (size + 2 * padding - kernel) / stride + 1;
+            let inside = |i: usize| (0..windows).any(|w| (w * stride..w * stride + kernel).contains(&(i + padding)));
+            let expected = (0..size).filter(|&i| inside(i)).count();
+            assert_eq!(covered(size, windows, kernel, stride, padding), expected, "{size} {kernel} {stride} {padding}");
+        }
+    }
+
+    #[test]
+    fn strided_pixels_are_a_quarter() {
+        let (kernel, stride, padding) = ([1, 1], [2, 2], [0, 0]);
+        let downsample = ConvGeometry { n: 3, h: 56, w: 28, c_in: 5, c_out: 7, kernel, stride, padding };
+        assert_eq!(4 * downsample.x_covered(), downsample.x_len());
+        assert_eq!(ConvGeometry { stride: [1, 1], ..downsample }.x_covered(), downsample.x_len());
     }
 }

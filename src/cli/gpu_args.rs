@@ -1,7 +1,7 @@
 //! How a step is run on a GPU.
 
 use crate::nn::epilogues::ResidualGradient;
-use crate::train::epilogues::{EpilogueChoice, FuseStatistics};
+use crate::train::epilogues::{EpilogueChoice, FuseStatistics, NormChoice};
 
 #[derive(Debug, Clone, clap::Args)]
 pub struct GpuArgs {
@@ -14,27 +14,50 @@ pub struct GpuArgs {
     /// On a GPU: mark steps, phases and layers for Nsight, which has to have started the program (tools/profile.sh).
     #[arg(long)]
     pub nvtx: bool,
-    /// Convolutions that compute the statistics for the batch norm after them: auto (in fp16 on GPUs with compute capability
-    /// 8.0 or 9.0, whose cuDNN does it fast), all, none, or names with commas between them and what they begin with, such as
-    /// encoder.layer1,encoder.conv1 [default: none; with --resume, as before].
-    #[arg(long, value_name = "LAYERS")]
-    pub fuse_statistics: Option<FuseStatistics>,
-    /// How a convolution's gradient is added to that of a residual branch: accumulate (in place, as it is computed), separate
-    /// (by a kernel of its own) or fused (by cuDNN, to a new place); with layers as above, there alone [default: accumulate;
-    /// with --resume, as before].
-    #[arg(long, value_name = "MODE[:LAYERS]")]
-    pub residual_gradient: Option<ResidualGradient>,
-    /// Whether the batch norm, ReLU and max pooling of the ImageNet stem are one kernel each way, which saves memory [default:
-    /// false; with --resume, as before].
-    #[arg(long, value_name = "BOOL")]
-    pub fuse_pooling: Option<bool>,
+    #[command(flatten)]
+    epilogues: EpilogueArgs,
 }
 
 impl GpuArgs {
     /// What is asked for of `before`.
     pub fn epilogues(&self, before: EpilogueChoice) -> EpilogueChoice {
+        self.epilogues.of(before)
+    }
+}
+
+/// What is fused with convolutions, and how batch norm is computed behind them.
+#[derive(Debug, Clone, clap::Args)]
+pub struct EpilogueArgs {
+    /// How batch norm behind 1x1 convolutions to more channels is computed: standard, gram (from the covariance of their
+    /// inputs, without ever forming their results: a fifth fewer bytes and a third fewer saved activations for 6 % more
+    /// operations),
+    /// gram:LAYERS (in these alone, as for --fuse-statistics) or auto (what was measured to be faster: on a CPU gram in layers of
+    /// up to 128 input channels, on a GPU so far standard)
+    /// [default: standard; with --resume, as before].
+    #[arg(long, value_name = "HOW")]
+    bn: Option<NormChoice>,
+    /// Convolutions that compute the statistics for the batch norm after them: auto (in fp16 on GPUs with compute capability
+    /// 8.0 or 9.0, whose cuDNN does it fast), all, none, or names with commas between them and what they begin with, such as
+    /// encoder.layer1,encoder.conv1 [default: none; with --resume, as before].
+    #[arg(long, value_name = "LAYERS")]
+    fuse_statistics: Option<FuseStatistics>,
+    /// How a convolution's gradient is added to that of a residual branch: accumulate (in place, as it is computed), separate
+    /// (by a kernel of its own) or fused (by cuDNN, to a new place); with layers as above, there alone [default: accumulate;
+    /// with --resume, as before].
+    #[arg(long, value_name = "MODE[:LAYERS]")]
+    residual_gradient: Option<ResidualGradient>,
+    /// Whether the batch norm, ReLU and max pooling of the ImageNet stem are one kernel each way, which saves memory [default:
+    /// false; with --resume, as before].
+    #[arg(long, value_name = "BOOL")]
+    fuse_pooling: Option<bool>,
+}
+
+impl EpilogueArgs {
+    /// What is asked for of `before`.
+    pub fn of(&self, before: EpilogueChoice) -> EpilogueChoice {
         EpilogueChoice {
             fuse_statistics: self.fuse_statistics.clone().unwrap_or(before.fuse_statistics),
+            bn: self.bn.clone().unwrap_or(before.bn),
             residual_gradient: self.residual_gradient.clone().unwrap_or(before.residual_gradient),
             fuse_pooling: self.fuse_pooling.unwrap_or(before.fuse_pooling),
         }

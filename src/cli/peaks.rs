@@ -5,6 +5,7 @@ use std::fmt;
 use serde_json::Value;
 
 use super::bench::ceilings::{Ceilings, matrix_product};
+use super::costs::Roofline;
 use crate::error::Result;
 use crate::exec::{Device, Precision};
 
@@ -42,9 +43,9 @@ impl Peaks {
         (speed / self.measured(), self.given.map(|peak| speed / peak))
     }
 
-    /// The least time, in seconds, for so many bytes and operations: the roofline.
-    pub fn floor(&self, bytes: u64, flops: u64) -> f64 {
-        (bytes as f64 / (self.ceilings.copy * 1e9)).max(flops as f64 / (self.measured() * 1e12))
+    /// The roofline of what was measured.
+    pub fn roofline(&self) -> Roofline {
+        Roofline { copy: self.ceilings.copy, product: self.measured() }
     }
 
     pub fn json(&self) -> Value {

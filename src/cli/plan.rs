@@ -1,5 +1,8 @@
 //! `plan`: the memory and the work of a training step, before anything runs.
 
+mod gpu;
+mod ledger;
+
 use std::cmp::Reverse;
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -7,20 +10,28 @@ use std::path::PathBuf;
 use indicatif::HumanCount;
 use serde_json::json;
 
+use super::gpu_args::EpilogueArgs;
+use super::memory_args::MemoryArgs;
 use super::model_args::{ModelArgs, arch_name};
-use super::output::print;
+use super::output::{columns, print};
 use super::preset::Preset;
 use super::recipe_args::BATCH;
+use super::recomputation::Recomputation;
 use crate::atomic::write_atomic;
 use crate::data::augment::AugmentConfig;
 use crate::error::{Error, Result};
 use crate::exec::{DeviceChoice, Precision};
+use crate::graph::ledger::flops;
 use crate::graph::plan::{Buffer, Target};
-use crate::graph::{Node, Phase, Plan, Role, Tape, dump};
+use crate::graph::{Phase, Plan, Role, Tape, dump};
 use crate::nn::ParamInfo;
 use crate::nn::simsiam::{SimSiam, StepShape, TrainGraph, ViewSource};
 use crate::ops::augment::Augmentation;
-use crate::tensor::{DType, TensorDesc};
+use crate::tensor::DType;
+use crate::train::epilogues::{EpilogueChoice, Processor};
+use crate::train::memory::MemoryChoice;
+
+use ledger::{Ledger, LedgerArgs};
 
 /// No address space is larger; sums of sizes below it do not overflow.
 const MAX_BYTES: u128 = 1 << 60;
@@ -38,16 +49,16 @@ pub struct PlanArgs {
     /// Height and width of a view in pixels [default: imagenet 224, cifar 32].
     #[arg(long, value_name = "PIXELS")]
     image_size: Option<usize>,
-    /// Kind of device that the plan is for: cpu, or cuda, which need not be there.
-    #[arg(long, value_name = "DEVICE", default_value_t)]
-    device: DeviceChoice,
+    /// Kind of device that the plan is for: cpu, or cuda, which need not be there [default: cpu; with --ledger, cuda].
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<DeviceChoice>,
     /// Element type of the activations [default: bf16 for cuda, f32 for the CPU].
     #[arg(long, value_enum)]
     dtype: Option<Precision>,
     /// Side in pixels of the stored images that a CUDA device makes the views of, as `prepare` stores them.
     #[arg(long, value_name = "PIXELS", default_value_t = 256)]
     stored_size: usize,
-    /// How many of the largest buffers to list.
+    /// How many of the largest buffers to list; with --ledger, of the nodes that take most time.
     #[arg(long, value_name = "N", default_value_t = 10)]
     top: usize,
     /// Print JSON, sizes in bytes.
@@ -56,6 +67,12 @@ pub struct PlanArgs {
     /// Write the tape, every node and edge, as a Graphviz file.
     #[arg(long, value_name = "FILE")]
     dot: Option<PathBuf>,
+    #[command(flatten)]
+    memory: MemoryArgs,
+    #[command(flatten)]
+    epilogues: EpilogueArgs,
+    #[command(flatten)]
+    ledger: LedgerArgs,
     #[command(flatten)]
     model: ModelArgs,
 }
@@ -78,12 +95,15 @@ struct Report {
     precision: Precision,
     tape: Tape,
     plan: Plan,
+    memory: MemoryChoice,
+    recomputation: Recomputation,
     /// Scalars by what they are in PyTorch.
     trainable: usize,
     backbone: usize,
     /// Floating-point operations of a step.
     flops: u64,
     top: usize,
+    ledger: Option<LedgerArgs>,
 }
 
 impl Report {
@@ -96,16 +116,26 @@ impl Report {
                 return Err(Error::config(option, format!("expected 1 to {max}, got {value}")));
             }
         }
-        let target = target(args.device)?;
+        args.ledger.check()?;
+        let target = target(args)?;
         let precision = args.dtype.unwrap_or(if target == Target::Cuda { Precision::Bf16 } else { Precision::F32 });
         let source = view_source(args, &model, target, image_size, precision.dtype())?;
-        let shape = StepShape::new(batch, image_size, precision.dtype(), source);
+        let memory = args.memory.choose(MemoryChoice::default());
+        let on = match target {
+            Target::Cpu => Processor::Cpu,
+            Target::Cuda => Processor::Gpu(Some(args.ledger.gpu.capability())),
+        };
+        let epilogues = args.epilogues.of(EpilogueChoice::default()).resolve_for(on, precision.dtype());
+        let plain = StepShape::new(batch, image_size, precision.dtype(), source);
+        let shape = StepShape { epilogues, views: memory.views, ..plain };
         let TrainGraph { tape, params, .. } = model.record_step(&shape)?;
         if tape.values().iter().map(|v| v.desc.bytes() as u128).sum::<u128>() > MAX_BYTES {
             let what = format!("{batch} images of {image_size} pixels take more memory than any machine can address");
             return Err(Error::config("--batch", what));
         }
+        let (tape, trade) = memory.fit(tape, target)?;
         let plan = Plan::new(&tape, target)?;
+        let recomputation = Recomputation::new(&tape, trade);
         let count = |keep: &dyn Fn(&ParamInfo) -> bool| -> usize {
             params.iter().filter(|p| keep(p)).map(|p| p.desc.shape.len()).sum()
         };
@@ -113,7 +143,27 @@ impl Report {
         let in_backbone = |p: &ParamInfo| p.name.starts_with("encoder.") && !p.name.starts_with("encoder.fc.");
         let backbone = count(&|p| in_backbone(p) && tape.value(p.value).role == Role::Parameter);
         let flops = flops(&tape);
-        Ok(Report { model, batch, image_size, precision, tape, plan, trainable, backbone, flops, top })
+        let ledger = args.ledger.ledger.then(|| args.ledger.clone());
+        Ok(Report {
+            model,
+            batch,
+            image_size,
+            precision,
+            tape,
+            plan,
+            memory,
+            recomputation,
+            trainable,
+            backbone,
+            flops,
+            top,
+            ledger,
+        })
+    }
+
+    fn ledger(&self) -> Option<Ledger<'_>> {
+        let ledger = |args| Ledger::new(args, &self.tape, &self.plan, self.batch, self.precision);
+        self.ledger.as_ref().map(ledger)
     }
 
     fn views(&self) -> usize {
@@ -136,9 +186,14 @@ impl Report {
         let size = self.image_size;
         let title = format!("{}, {} stem", arch_name(&self.model.backbone), name_of(self.model.backbone.stem));
         let dtype = self.precision.dtype();
-        writeln!(out, "{title}, {size}x{size} pixels, batch {} ({} views), {dtype}", self.batch, self.views())?;
+        let views = format!("{} views, {}", self.views(), self.memory.views);
+        writeln!(out, "{title}, {size}x{size} pixels, batch {} ({views}), {dtype}", self.batch)?;
+        if let Some(ledger) = self.ledger() {
+            return ledger.print(out, self.top);
+        }
         self.print_network(out)?;
         self.print_memory(out)?;
+        self.recomputation.print(out)?;
         self.print_buffers(out)
     }
 
@@ -190,16 +245,8 @@ impl Report {
             return Ok(());
         }
         let heads = ["largest buffers", "shape", "role", "nodes", "MB"].map(String::from);
-        let mut widths = [0; 5];
-        for row in rows.iter().chain([&heads]) {
-            widths.iter_mut().zip(row).for_each(|(width, cell)| *width = cell.chars().count().max(*width));
-        }
-        let [w0, w1, w2, w3, w4] = widths;
         writeln!(out)?;
-        for [name, shape, role, nodes, bytes] in [&heads].into_iter().chain(&rows) {
-            writeln!(out, "{name:<w0$}  {shape:<w1$}  {role:<w2$}  {nodes:>w3$}  {bytes:>w4$}")?;
-        }
-        Ok(())
+        columns(out, 3, [heads].into_iter().chain(rows))
     }
 
     fn json(&self) -> serde_json::Value {
@@ -227,14 +274,23 @@ impl Report {
             "flops_per_step": self.flops,
             "flops_per_image": self.flops as f64 / self.batch as f64,
             "memory": self.plan.memory,
+            "views": self.memory.views,
+            "memory_budget": self.memory.budget,
+            "recomputation": self.recomputation.json(),
             "largest_buffers": buffers.collect::<Vec<_>>(),
+            "ledger": self.ledger().map(|ledger| ledger.json()),
         })
     }
 }
 
 /// The kind of device; a plan needs none.
-fn target(device: DeviceChoice) -> Result<Target> {
-    match device {
+fn target(args: &PlanArgs) -> Result<Target> {
+    let default = if args.ledger.ledger { DeviceChoice::Cuda(0) } else { DeviceChoice::Cpu };
+    match args.device.unwrap_or(default) {
+        DeviceChoice::Cpu if args.ledger.ledger => {
+            let what = "with --ledger, which counts what a GPU does, expected cuda, got cpu";
+            Err(Error::config("--device", what))
+        }
         DeviceChoice::Cpu => Ok(Target::Cpu),
         DeviceChoice::Cuda(_) | DeviceChoice::CudaEmulated => Ok(Target::Cuda),
         DeviceChoice::Auto => Err(Error::config("--device", "expected cpu or cuda, got auto: a plan opens no device")),
@@ -256,15 +312,6 @@ fn view_source(
     let augmentation = Augmentation::new(&config, dtype, model.backbone.padded_channels(dtype), args.stored_size)?;
     let pixel_bytes = args.batch.saturating_mul(args.stored_size * args.stored_size * 3);
     Ok(ViewSource::Stored { augmentation, pixel_bytes })
-}
-
-/// Floating-point operations of a step.
-pub fn flops(tape: &Tape) -> u64 {
-    let of_node = |node: &Node| {
-        let descs: Vec<&TensorDesc> = node.inputs.iter().map(|&i| tape.desc(i)).collect();
-        node.op.flops(&descs)
-    };
-    tape.nodes().iter().map(of_node).sum()
 }
 
 fn buffer_row(buffer: &Buffer) -> [String; 5] {

@@ -6,14 +6,15 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::bench::ops::node_traffic;
-use super::output::print;
+use super::costs::{by_kind, percent, time};
+use super::output::{columns, print};
 use super::peaks::{Peaks, teraflops};
 use super::workload::{Steps, Synthetic, Workload, WorkloadArgs, check, merged, quartiles};
 use crate::atomic::write_atomic;
 use crate::error::Result;
 use crate::exec::Executor;
-use crate::graph::{Node, Phase};
+use crate::graph::Phase;
+use crate::graph::ledger::{self, Entry};
 use crate::report::chart::bars::{Bar, BarChart, BarPanel, write_bars};
 
 /// Rounds without a GPU, and on one.
@@ -161,13 +162,7 @@ impl Profile {
 
     /// Sums over the nodes of each kind of op and phase, the slowest first.
     fn ops(&self) -> Vec<(&'static str, Phase, Cost)> {
-        let mut ops: Vec<(&'static str, Phase, Cost)> = vec![];
-        for node in &self.nodes {
-            match ops.iter_mut().find(|(op, phase, _)| (*op, *phase) == (node.op, node.phase)) {
-                Some((_, _, cost)) => *cost = cost.add(node.cost),
-                None => ops.push((node.op, node.phase, node.cost)),
-            }
-        }
+        let mut ops = by_kind(self.nodes.iter().map(|node| (node.op, node.phase, node.cost)), Cost::add);
         ops.sort_by(|a, b| b.2.time.total_cmp(&a.2.time));
         ops
     }
@@ -224,27 +219,14 @@ impl Profile {
         heads: [&str; 3],
         rows: impl IntoIterator<Item = ([String; 3], Cost)>,
     ) -> io::Result<()> {
-        let rows: Vec<([String; 3], Cost)> = rows.into_iter().collect();
-        let width = |column: usize| {
-            let cells = rows.iter().map(|(cells, _)| cells[column].chars().count());
-            cells.chain([heads[column].chars().count()]).max().unwrap_or(0)
+        let [a, b, c] = heads;
+        let heads = [a, b, c, "time", "share", "GB/s", "TFLOP/s", "of roofline"].map(String::from);
+        let row = |([a, b, c], cost): ([String; 3], Cost)| {
+            let [time, share, bytes, flops, roofline] = self.figures(&cost);
+            [a, b, c, time, share, bytes, flops, roofline]
         };
-        let [w0, w1, w2] = [0, 1, 2].map(width);
-        let figures = ["time", "share", "GB/s", "TFLOP/s", "of roofline"];
-        let [time_head, share, bytes, flops, roofline] = figures;
-        let [h0, h1, h2] = heads;
-        writeln!(
-            out,
-            "\n{h0:<w0$}  {h1:<w1$}  {h2:<w2$}  {time_head:>10}  {share:>7}  {bytes:>9}  {flops:>8}  {roofline:>11}"
-        )?;
-        for ([c0, c1, c2], cost) in &rows {
-            let [time, share, bytes, flops, roofline] = self.figures(cost);
-            let line = format!(
-                "{c0:<w0$}  {c1:<w1$}  {c2:<w2$}  {time:>10}  {share:>7}  {bytes:>9}  {flops:>8}  {roofline:>11}"
-            );
-            writeln!(out, "{}", line.trim_end())?;
-        }
-        Ok(())
+        writeln!(out)?;
+        columns(out, 3, [heads].into_iter().chain(rows.into_iter().map(row)))
     }
 
     fn figures(&self, cost: &Cost) -> [String; 5] {
@@ -326,27 +308,17 @@ fn time_nodes(steps: &mut Synthetic, rounds: usize, on_gpu: bool) -> Result<Vec<
 }
 
 fn node_costs(executor: &dyn Executor, peaks: &Peaks, times: &[Vec<Duration>]) -> Vec<NodeCost> {
-    let nodes = executor.tape().nodes().iter().zip(times).enumerate();
-    let cost = |(index, (node, times)): (usize, (&Node, &Vec<Duration>))| {
+    let (tape, roofline) = (executor.tape(), peaks.roofline());
+    let cost = |(index, (entry, times)): (usize, (&Entry, &Vec<Duration>))| {
         let mut seconds: Vec<f64> = times.iter().map(Duration::as_secs_f64).collect();
         seconds.sort_by(f64::total_cmp);
         let [_, median, _] = quartiles(&seconds);
-        let (bytes, flops) = node_traffic(executor, index);
-        let cost = Cost { nodes: 1, time: median, bytes, flops, floor: peaks.floor(bytes, flops) };
+        let (bytes, flops) = (entry.traffic.total(), entry.flops);
+        let cost = Cost { nodes: 1, time: median, bytes, flops, floor: roofline.seconds(bytes, flops) };
+        let node = &tape.nodes()[index];
         NodeCost { index, name: node.name.clone(), op: node.op.name(), phase: node.phase, cost, fastest: seconds[0] }
     };
-    nodes.filter(|(_, (node, _))| !node.op.is_view()).map(cost).collect()
-}
-
-/// Seconds as people read them.
-fn time(seconds: f64) -> String {
-    match seconds {
-        s if s < 1e-3 => format!("{:.1} us", s * 1e6),
-        s if s < 1.0 => format!("{:.2} ms", s * 1e3),
-        s => format!("{s:.2} s"),
-    }
-}
-
-fn percent(share: f64) -> String {
-    format!("{:.1} %", 100.0 * share)
+    let entries = ledger::entries(tape, executor.plan());
+    let nodes = entries.iter().zip(times).enumerate();
+    nodes.filter(|(index, _)| !tape.nodes()[*index].op.is_view()).map(cost).collect()
 }

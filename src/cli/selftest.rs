@@ -6,8 +6,10 @@ use super::output::print;
 use crate::backend::cpu::Tier;
 use crate::error::{Error, Result};
 use crate::exec::{Device, DeviceChoice, Precision};
-use crate::selftest::{self, Outcome};
+use crate::nn::views::Views;
+use crate::selftest::{self, Outcome, Variant};
 use crate::tensor::DType;
+use crate::train::epilogues::NormChoice;
 
 #[derive(Debug, clap::Args)]
 pub struct SelftestArgs {
@@ -26,6 +28,12 @@ pub struct SelftestArgs {
     /// Instead of goldens: run a step on the device and on the CPU node by node, and name the first node that diverges.
     #[arg(long, conflicts_with = "golden")]
     lockstep: bool,
+    /// How the views of training steps go through the network: together, or sequential, one after the other.
+    #[arg(long, value_enum, default_value_t, hide_possible_values = true, value_name = "together|sequential")]
+    views: Views,
+    /// How training steps compute batch norm behind 1x1 convolutions to more channels: standard, gram or gram:LAYERS.
+    #[arg(long, default_value_t, value_name = "HOW")]
+    bn: NormChoice,
     /// The CPU's convolutions.
     #[arg(long, value_enum, default_value_t)]
     cpu_conv: Tier,
@@ -40,10 +48,11 @@ pub fn run(args: SelftestArgs) -> Result<()> {
         }
     };
     let dtypes = dtypes(&device, args.dtype)?;
+    let variant = Variant { views: args.views, bn: args.bn };
     let outcomes = match args.replay {
-        Some(steps) => selftest::replays(&device, &dtypes, steps, report)?,
-        None if args.lockstep => selftest::lockstep(&device, report)?,
-        None => selftest::run(args.golden.as_deref(), &device, &dtypes, report)?,
+        Some(steps) => selftest::replays(&device, &dtypes, &variant, steps, report)?,
+        None if args.lockstep => selftest::lockstep(&device, &variant, report)?,
+        None => selftest::run(args.golden.as_deref(), &device, &dtypes, &variant, report)?,
     };
     printed?;
     let failed: Vec<&str> = outcomes.iter().filter(|o| !o.passed()).map(|o| o.name.as_str()).collect();

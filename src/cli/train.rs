@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::augment_args::AugmentArgs;
 use super::import::{InitArgs, Start};
 use super::machine_args::MachineArgs;
+use super::memory_args::MemoryArgs;
 use super::model_args::ModelArgs;
 use super::preset::Preset;
 use super::recipe_args::RecipeArgs;
@@ -53,6 +54,8 @@ pub struct TrainArgs {
     log: LogArgs,
     #[command(flatten)]
     machine: MachineArgs,
+    #[command(flatten)]
+    memory: MemoryArgs,
     /// Look for NaN and infinity in the output of every node, every step (slower); with --resume too.
     #[arg(long, help_heading = "Machine")]
     check: bool,
@@ -136,6 +139,7 @@ fn start(args: &TrainArgs) -> Result<Asked> {
     };
     RunFolder::check_new(path)?;
     let mut machine = Machine { device: DeviceChoice::Auto, check: args.check, ..Machine::default() };
+    machine.memory = args.memory.choose(machine.memory);
     let device = args.machine.open(&mut machine, true)?;
     let mut model = args.model.resolve(args.preset)?;
     let init = args.init.start(&mut model, args.seed)?;
@@ -186,6 +190,7 @@ fn first_step(config: &RunConfig, dataset: &Dataset) -> u64 {
 fn resume(args: &TrainArgs, path: &std::path::Path) -> Result<Asked> {
     let (folder, mut config) = RunFolder::open(path)?;
     config.machine.check |= args.check;
+    config.machine.memory = args.memory.choose(config.machine.memory);
     let device = args.machine.open(&mut config.machine, false)?;
     config.validate()?;
     let dataset = Arc::new(Dataset::open_with(&config.data, config.machine.io)?);

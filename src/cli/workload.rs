@@ -6,13 +6,16 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::gpu_args::GpuArgs;
+use super::memory_args::MemoryArgs;
 use super::model_args::{ModelArgs, arch_name};
 use super::peaks::Peaks;
-use super::plan::{flops, name_of};
+use super::plan::name_of;
 use super::preset::Preset;
 use crate::backend::cpu::Tier;
 use crate::error::{Error, Result};
 use crate::exec::{Device, DeviceChoice, Executor, Opened, Options, Precision, room};
+use crate::graph::budget::MemoryBudget;
+use crate::graph::ledger::flops;
 use crate::graph::{Plan, ValueId};
 use crate::nn::epilogues::Epilogues;
 use crate::nn::simsiam::{SimSiam, StepShape, TrainGraph, ViewSource};
@@ -20,6 +23,7 @@ use crate::ops::sgd::StepParam;
 use crate::rng::Stream;
 use crate::tensor::TensorDesc;
 use crate::train::epilogues::EpilogueChoice;
+use crate::train::memory::MemoryChoice;
 use crate::train::state::write_initial;
 
 const MAX_BATCH: usize = 1 << 16;
@@ -74,6 +78,8 @@ pub struct WorkloadArgs {
     dtype: Option<Precision>,
     #[command(flatten)]
     gpu: GpuArgs,
+    #[command(flatten)]
+    memory: MemoryArgs,
     /// Implementation of the CPU's convolutions.
     #[arg(long, value_enum, default_value_t)]
     cpu_conv: Tier,
@@ -94,6 +100,7 @@ pub struct Workload {
     pub asked_epilogues: EpilogueChoice,
     /// What that comes to on the device.
     pub epilogues: Epilogues,
+    pub memory: MemoryChoice,
     pub cpu_conv: Tier,
     pub model: SimSiam,
     pub batch: usize,
@@ -127,13 +134,16 @@ impl WorkloadArgs {
         let source = ViewSource::Given { padded: matches!(device, Device::Cuda(_)) };
         let asked_epilogues = self.gpu.epilogues(EpilogueChoice::default());
         let epilogues = asked_epilogues.resolve(&device, precision.dtype());
+        let mut memory = self.memory.choose(MemoryChoice::default());
+        let views = memory.views;
         let step = |batch| StepShape {
             epilogues: epilogues.clone(),
+            views,
             ..StepShape::new(batch, image_size, precision.dtype(), source.clone())
         };
         let batch = match self.batch {
             Some(BatchChoice::Images(batch)) => batch,
-            Some(BatchChoice::Largest) => largest_batch(&device, &model, &step)?,
+            Some(BatchChoice::Largest) => largest_batch(&device, &model, &mut memory, &step)?,
             None => default_batch(&device),
         };
         let flops = flops(&model.train_graph(batch, image_size, precision.dtype(), false)?.tape);
@@ -150,6 +160,7 @@ impl WorkloadArgs {
             options,
             asked_epilogues,
             epilogues,
+            memory,
             cpu_conv,
             model,
             batch,
@@ -168,9 +179,10 @@ impl Workload {
     pub fn synthetic(&self) -> Result<Synthetic> {
         let source = ViewSource::Given { padded: matches!(self.device, Device::Cuda(_)) };
         let plain = StepShape::new(self.batch, self.image_size, self.precision.dtype(), source);
-        let shape = StepShape { epilogues: self.epilogues.clone(), ..plain };
+        let shape = StepShape { epilogues: self.epilogues.clone(), views: self.memory.views, ..plain };
         let graph = self.model.record_step(&shape)?;
         let TrainGraph { tape, views, step_params, loss, params, .. } = graph;
+        let (tape, _) = self.memory.fit(tape, self.device.target())?;
         let mut executor = self.device.executor_with(tape, self.options)?;
         write_initial(&mut *executor, &params, 0)?;
         executor.write(step_params, bytemuck::cast_slice(&step_parameters(self.batch)))?;
@@ -195,6 +207,7 @@ impl Workload {
             "fuse_statistics": self.epilogues.statistics.to_string(),
             "residual_gradient": self.epilogues.residual_gradient.to_string(),
             "fuse_pooling": self.epilogues.pooling,
+            "views": self.memory.views, "memory_budget": self.memory.budget,
             "flops_per_step": self.flops, "ceilings": self.peaks.json(),
         })
     }
@@ -289,15 +302,30 @@ fn default_batch(device: &Device) -> usize {
     }
 }
 
-/// The most images, in multiples of [`BATCH_STEP`], whose step is planned into the memory that is free.
-fn largest_batch(device: &Device, model: &SimSiam, step: &dyn Fn(usize) -> StepShape) -> Result<usize> {
+/// The most images, in multiples of [`BATCH_STEP`], whose step can be planned into the memory that is free; a budget is lowered to
+/// that.
+fn largest_batch(
+    device: &Device,
+    model: &SimSiam,
+    memory: &mut MemoryChoice,
+    step: &dyn Fn(usize) -> StepShape,
+) -> Result<usize> {
     let Device::Cuda(driver) = device else {
         return Err(Error::config("--batch", "largest: only CUDA devices have a memory of their own to fill"));
     };
     let room = room(&**driver)?;
+    let room = match &mut memory.budget {
+        Some(MemoryBudget::Bytes(bytes)) => {
+            *bytes = (*bytes).min(room as u64);
+            *bytes as usize
+        }
+        _ => room,
+    };
+    let least = MemoryChoice { budget: memory.budget.map(|_| MemoryBudget::Least), ..*memory };
     let planned = |batch| {
         let graph = model.record_step(&step(batch))?;
-        Ok::<_, Error>(Plan::new(&graph.tape, device.target())?.memory.total)
+        let (tape, _) = least.fit(graph.tape, device.target())?;
+        Ok::<_, Error>(Plan::new(&tape, device.target())?.memory.total)
     };
     let smallest = planned(BATCH_STEP)?;
     if smallest > room {

@@ -103,6 +103,19 @@ impl GradBuilder<'_> {
     /// # Errors
     /// Shape errors of `op.infer`.
     pub fn emit(&mut self, op: impl Op + 'static, inputs: &[ValueId], targets: &[Option<usize>]) -> Result<()> {
+        self.emit_values(op, inputs, targets).map(|_| ())
+    }
+
+    /// As [`GradBuilder::emit`], for a gradient that takes several ops; returns the outputs.
+    ///
+    /// # Errors
+    /// As [`GradBuilder::emit`].
+    pub fn emit_values(
+        &mut self,
+        op: impl Op + 'static,
+        inputs: &[ValueId],
+        targets: &[Option<usize>],
+    ) -> Result<Vec<ValueId>> {
         let op: Arc<dyn Op> = Arc::new(op);
         let name = format!("{}/{}", self.node.name, op.name());
         let descs = self.tape.infer(&*op, &name, inputs)?;
@@ -127,14 +140,22 @@ impl GradBuilder<'_> {
                 (None, _) => self.tape.push_value(format!("{name}:{j}"), desc, Role::Gradient, false),
             });
         }
-        self.push(op, name.clone(), inputs.to_vec(), outputs);
+        self.push(op, name.clone(), inputs.to_vec(), outputs.clone());
         for (part, gradient) in joins {
             self.push(Arc::new(Copy), format!("{name}/add"), vec![part], vec![gradient]);
         }
-        Ok(())
+        Ok(outputs)
     }
 
     fn push(&mut self, op: Arc<dyn Op>, name: String, inputs: Vec<ValueId>, outputs: Vec<ValueId>) {
-        self.tape.push_node(Node { op, name, phase: Phase::Backward, inputs, outputs, updates: Vec::new() });
+        self.tape.push_node(Node {
+            op,
+            name,
+            phase: Phase::Backward,
+            inputs,
+            outputs,
+            updates: Vec::new(),
+            again: false,
+        });
     }
 }

@@ -7,7 +7,7 @@ use crate::backend::cpu::CpuIo;
 use crate::backend::cuda::CudaIo;
 use crate::backend::cuda::library::Work;
 use crate::error::{Error, Result};
-use crate::graph::GradBuilder;
+use crate::graph::{Again, GradBuilder, Tensors, Traffic};
 use crate::tensor::TensorDesc;
 
 /// One operation. Backward passes are ordinary ops, so an op that exists only to compute a gradient has no `backward`. It is
@@ -27,9 +27,19 @@ pub trait Op: Any + Debug + Send + Sync {
         0
     }
 
-    /// Whether output 0 is input 0 under another name: no storage, nothing to run.
+    /// Whether output 0 is input 0, or a part of it, under another name: no storage, nothing to run.
     fn is_view(&self) -> bool {
         false
+    }
+
+    /// For a view: bytes of input 0 before output 0.
+    fn view_offset(&self, _x: &TensorDesc) -> usize {
+        0
+    }
+
+    /// How outputs that were not kept are had again for the backward pass; bit for bit, and without the updates.
+    fn again(&self) -> Again {
+        Again::Same
     }
 
     /// Whether every output may be added into an existing tensor (`Output::accumulate`).
@@ -80,10 +90,10 @@ pub trait Op: Any + Debug + Send + Sync {
         0
     }
 
-    /// Bytes that one execution cannot but move through memory: every input and output once, unless an op has to read one
-    /// again after all of it was seen.
-    fn bytes(&self, inputs: &[&TensorDesc], outputs: &[&TensorDesc]) -> u64 {
-        inputs.iter().chain(outputs).map(|tensor| tensor.bytes() as u64).sum()
+    /// Bytes that one execution of `cuda`, or of its library work, moves through memory, as [`crate::graph::ledger`] counts:
+    /// every tensor once, unless an op reads one again after all of it was seen, or only a part of it.
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        tensors.once()
     }
 }
 

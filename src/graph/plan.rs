@@ -2,7 +2,7 @@
 
 use crate::backend::cpu::arena::{ALIGNMENT, Slot};
 use crate::error::{Error, Result};
-use crate::graph::{Phase, Role, Tape, ValueId};
+use crate::graph::{Phase, Role, Tape, Value, ValueId};
 use crate::tensor::TensorDesc;
 
 /// Which kind of device a plan is for; they differ in the scratch that ops need.
@@ -77,7 +77,7 @@ pub struct MemoryReport {
 /// Placement of every buffer of a tape.
 #[derive(Debug, Clone)]
 pub struct Plan {
-    /// Slot of each value, by [`ValueId::index`]; views have the slot of their storage.
+    /// Slot of each value, by [`ValueId::index`]; views have theirs in the slot of their storage.
     pub slots: Vec<Slot>,
     /// Per node.
     pub nodes: Vec<NodePlan>,
@@ -113,8 +113,14 @@ impl Plan {
         }
         let (persistent, second_inputs) = place_persistent(&mut buffers, target, guard);
         let total = place_transient(&mut buffers, persistent, guard);
-        let slot_of = |id: ValueId| buffers[id.index()].slot;
-        let slots = (0..tape.values().len()).map(|i| slot_of(tape.storage(ValueId(i as u32)))).collect();
+        let slot_of = |(index, value): (usize, &Value)| match value.alias_of {
+            None => buffers[index].slot,
+            Some(storage) => {
+                let offset = buffers[storage.index()].slot.offset + value.alias_offset;
+                Slot { offset, bytes: value.desc.bytes() }
+            }
+        };
+        let slots = tape.values().iter().enumerate().map(slot_of).collect();
         let nodes = modes
             .into_iter()
             .zip(workspaces)
@@ -247,13 +253,48 @@ fn place_transient(buffers: &mut [Buffer], base: usize, guard: usize) -> usize {
     total
 }
 
+/// The node at which the most bytes are alive, and how many: no placement can do with less.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Peak {
+    /// Position on the tape.
+    pub node: usize,
+    /// Persistent values included.
+    pub bytes: usize,
+}
+
+/// The peak of a tape, without placing anything.
+pub(super) fn peak(tape: &Tape, target: Target) -> Result<Peak> {
+    let mut buffers = lifetimes(tape)?;
+    add_workspaces(tape, target, &mut buffers);
+    let (persistent, _) = place_persistent(&mut buffers, target, 0);
+    let alive = transient_bytes(&buffers, tape.nodes().len());
+    let most = alive.into_iter().enumerate().max_by_key(|&(_, bytes)| bytes);
+    let (node, bytes) = most.unwrap_or_default();
+    Ok(Peak { node, bytes: persistent + bytes })
+}
+
+/// Bytes of activations, gradients and workspace that are alive at each node.
+fn transient_bytes(buffers: &[Buffer], nodes: usize) -> Vec<usize> {
+    let (mut begins, mut ends) = (vec![0; nodes], vec![0; nodes]);
+    for buffer in buffers.iter().filter(|b| !is_persistent(b) && b.first < nodes) {
+        begins[buffer.first] += align(buffer.slot.bytes);
+        ends[buffer.last.min(nodes - 1)] += align(buffer.slot.bytes);
+    }
+    let mut alive = 0;
+    let mut at = |(begin, end): (usize, usize)| {
+        let here = alive + begin;
+        alive = here - end;
+        here
+    };
+    begins.into_iter().zip(ends).map(&mut at).collect()
+}
+
 fn report(tape: &Tape, buffers: &[Buffer], persistent: usize, total: usize) -> MemoryReport {
     let sum = |keep: &dyn Fn(&Buffer) -> bool| buffers.iter().filter(|b| keep(b)).map(|b| align(b.slot.bytes)).sum();
     let role = |role: Role| sum(&|b| b.role == Some(role));
     let forward_end = tape.nodes().iter().rposition(|n| n.phase == Phase::Forward).unwrap_or(0);
     let backward_end = tape.nodes().iter().rposition(|n| n.phase != Phase::Update).unwrap_or(0);
     let alive = |b: &Buffer, node: usize| b.first <= node && node <= b.last;
-    let transient_at = |node: usize| -> usize { sum(&|b| !is_persistent(b) && alive(b, node)) };
     MemoryReport {
         parameters: role(Role::Parameter),
         state: role(Role::State),
@@ -262,7 +303,7 @@ fn report(tape: &Tape, buffers: &[Buffer], persistent: usize, total: usize) -> M
         saved_activations: sum(&|b| b.role == Some(Role::Activation) && alive(b, forward_end) && b.last > forward_end),
         parameter_gradients: sum(&|b| b.role == Some(Role::Gradient) && b.last > backward_end),
         workspace: buffers.iter().filter(|b| b.role.is_none()).map(|b| b.slot.bytes).max().unwrap_or(0),
-        transient_peak: (0..tape.nodes().len()).map(transient_at).max().unwrap_or(0),
+        transient_peak: transient_bytes(buffers, tape.nodes().len()).into_iter().max().unwrap_or(0),
         transient: total - persistent,
         total,
     }

@@ -82,6 +82,8 @@ pub struct Value {
     pub keep: bool,
     /// The value whose storage it shares, for outputs of view ops.
     pub alias_of: Option<ValueId>,
+    /// Bytes of that storage before it.
+    pub alias_offset: usize,
 }
 
 /// One recorded op.
@@ -99,10 +101,19 @@ pub struct Node {
     pub outputs: Vec<ValueId>,
     /// Persistent values changed in place.
     pub updates: Vec<ValueId>,
+    /// Whether it computes again what a node before it has computed and was not kept: see [`crate::graph::recompute`].
+    pub again: bool,
+}
+
+impl Node {
+    /// Whether it belongs to what follows the forward pass, and is no repetition of a part of that.
+    pub fn is_late(&self) -> bool {
+        self.phase != Phase::Forward && !self.again
+    }
 }
 
 /// The record of one step.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Tape {
     values: Vec<Value>,
     nodes: Vec<Node>,
@@ -201,7 +212,7 @@ impl Tape {
             .map(|(i, desc)| self.push_value(format!("{name}:{i}"), desc, Role::Activation, requires_grad))
             .collect();
         if op.is_view() {
-            self.values[outputs[0].index()].alias_of = Some(self.storage(inputs[0]));
+            self.alias(outputs[0], inputs[0], &*op);
         }
         self.nodes.push(Node {
             op,
@@ -210,6 +221,7 @@ impl Tape {
             inputs: inputs.to_vec(),
             outputs: outputs.clone(),
             updates: updates.to_vec(),
+            again: false,
         });
         Ok(outputs)
     }
@@ -237,12 +249,25 @@ impl Tape {
     }
 
     pub(super) fn push_value(&mut self, name: String, desc: TensorDesc, role: Role, requires_grad: bool) -> ValueId {
-        self.values.push(Value { name, desc, role, requires_grad, keep: false, alias_of: None });
+        let (alias_of, alias_offset) = (None, 0);
+        self.values.push(Value { name, desc, role, requires_grad, keep: false, alias_of, alias_offset });
         ValueId(self.values.len() as u32 - 1)
     }
 
     pub(super) fn push_node(&mut self, node: Node) {
         self.nodes.push(node);
+    }
+
+    /// Puts other nodes in the place of all there are, which it returns.
+    pub(super) fn replace_nodes(&mut self, nodes: Vec<Node>) -> Vec<Node> {
+        std::mem::replace(&mut self.nodes, nodes)
+    }
+
+    /// Lets `view`, the output of the view `op`, share the storage of its input `x`.
+    pub(super) fn alias(&mut self, view: ValueId, x: ValueId, op: &dyn Op) {
+        let (storage, offset) = (self.storage(x), self.value(x).alias_offset + op.view_offset(self.desc(x)));
+        let view = &mut self.values[view.index()];
+        (view.alias_of, view.alias_offset) = (Some(storage), offset);
     }
 
     /// Appends a node of the update phase: it reads `inputs` and changes `updates`; returns its outputs, which most have none of.
@@ -262,6 +287,7 @@ impl Tape {
             inputs: inputs.to_vec(),
             outputs: outputs.clone(),
             updates: updates.to_vec(),
+            again: false,
         });
         Ok(outputs)
     }

@@ -10,9 +10,11 @@ use crate::ops::batch_norm::pooled::BatchNormMaxPool;
 use crate::ops::batch_norm::{BatchNorm, BatchNormEval, Fusion, channel_desc};
 use crate::ops::cast::Cast;
 use crate::ops::conv2d::Conv2d;
+use crate::ops::gram_norm::{self, Layer, Operands};
 use crate::ops::linear::Linear;
 use crate::ops::pad_channels::PadChannels;
 use crate::ops::pool::MaxPool;
+use crate::ops::subsample::Subsample;
 use crate::tensor::{DType, TensorDesc};
 
 /// Constants of every batch norm (recipe).
@@ -40,18 +42,36 @@ pub struct Norm {
     pub relu: bool,
     /// Added before the ReLU.
     pub residual: Option<ValueId>,
+    /// Whether the means of its output are wanted, by a layer of [`Builder::is_gram`] behind it.
+    pub means: bool,
     /// Start value of gamma: 0 for the last one of a residual block.
     pub gamma: f64,
 }
 
 impl Norm {
     /// Affine, no ReLU, no residual, gamma 1.
-    pub const PLAIN: Norm = Norm { affine: true, relu: false, residual: None, gamma: 1.0 };
+    pub const PLAIN: Norm = Norm { affine: true, relu: false, residual: None, means: false, gamma: 1.0 };
     /// Affine with ReLU.
     pub const RELU: Norm = Norm { relu: true, ..Norm::PLAIN };
 }
 
-/// Records layers on a tape.
+/// The result of a convolution that only a batch norm reads.
+#[derive(Debug, Clone, Copy)]
+pub enum Convolved {
+    /// As it is.
+    Formed(ValueId),
+    /// Never formed: of x and the weight, the batch norm makes its own output.
+    Unformed {
+        /// The pixels that are read.
+        x: ValueId,
+        /// The weight, `[c_out][1][1][c_in]`.
+        w: ValueId,
+        /// Statistics groups.
+        groups: usize,
+    },
+}
+
+/// Records layers on a tape. A layer may be recorded twice under its name: it has its parameters once.
 #[derive(Debug)]
 pub struct Builder<'t> {
     /// The tape.
@@ -69,6 +89,10 @@ pub struct Builder<'t> {
     dtype: DType,
     /// The sums that a convolution has computed of its result.
     sums: HashMap<ValueId, ValueId>,
+    /// The means of what a batch norm has made, over the rows of each group.
+    means: HashMap<ValueId, ValueId>,
+    /// Weights as layers take them: in the activations' type, padded.
+    prepared: HashMap<ValueId, ValueId>,
 }
 
 impl<'t> Builder<'t> {
@@ -83,6 +107,8 @@ impl<'t> Builder<'t> {
             epilogues: Epilogues::default(),
             dtype,
             sums: HashMap::new(),
+            means: HashMap::new(),
+            prepared: HashMap::new(),
         }
     }
 
@@ -134,15 +160,67 @@ impl<'t> Builder<'t> {
         };
         let join = self.epilogues.join(name, kernel, [channels, c_out]);
         let op = Conv2d { statistics, join, ..Conv2d::new([stride; 2], [padding; 2]) };
-        let outputs = self.tape.scoped(name, |tape| {
-            let mut w = low_precision(tape, w, self.dtype)?;
-            if channels != c_in {
-                w = tape.record_one(PadChannels { channels }, &[w])?;
-            }
-            tape.record(op, &[x, w])
-        })?;
+        let padded = (channels != c_in).then_some(channels);
+        let w = self.prepare(name, w, padded)?;
+        let outputs = self.tape.scoped(name, |tape| tape.record(op, &[x, w]))?;
         self.sums.extend(outputs.get(1).map(|sums| (outputs[0], *sums)));
         Ok(outputs[0])
+    }
+
+    /// Whether the convolution `name` with so many channels, kernel and padding is one whose result is not formed.
+    pub fn is_gram(&self, name: &str, [c_in, c_out]: [usize; 2], [kernel, padding]: [usize; 2]) -> bool {
+        let possible = kernel == 1 && padding == 0 && c_out > c_in && matches!(self.mode, Mode::Train { .. });
+        possible && self.epilogues.gram.contain(name, kernel, [c_in, c_out])
+    }
+
+    /// The pixels that a 1x1 convolution with a stride reads.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn subsample(&mut self, name: &str, x: ValueId, stride: usize) -> Result<ValueId> {
+        match stride {
+            1 => Ok(x),
+            _ => self.tape.scoped(name, |tape| tape.record_one(Subsample { stride }, &[x])),
+        }
+    }
+
+    /// A convolution that [`Builder::norm_of`] goes on from.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn conv_to_norm(
+        &mut self,
+        name: &str,
+        x: ValueId,
+        c_out: usize,
+        [kernel, stride, padding]: [usize; 3],
+    ) -> Result<Convolved> {
+        let c_in = self.tape.desc(x).shape.channels();
+        let gram = self.is_gram(name, [c_in, c_out], [kernel, padding]);
+        let (Mode::Train { groups }, true) = (self.mode, gram) else {
+            return self.conv(name, x, c_out, [kernel, stride, padding]).map(Convolved::Formed);
+        };
+        let desc = TensorDesc::new([c_out, kernel, kernel, c_in], self.master());
+        let w = self.param(&format!("{name}.weight"), desc, Init::kaiming_fan_out([kernel; 2], c_out));
+        let x = self.subsample(name, x, stride)?;
+        Ok(Convolved::Unformed { x, w, groups })
+    }
+
+    /// The batch norm of a convolution; `names` are those of both.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn norm_of(&mut self, [conv, name]: [&str; 2], y: Convolved, norm: Norm) -> Result<ValueId> {
+        let (x, w, groups) = match y {
+            Convolved::Formed(y) => return self.batch_norm(name, y, norm),
+            Convolved::Unformed { x, w, groups } => (x, w, groups),
+        };
+        let c_out = self.tape.desc(w).shape.rows();
+        let (affine, running) = self.batch_norm_leaves(name, c_out, norm);
+        let layer = Layer { groups, eps: EPS, momentum: MOMENTUM, relu: norm.relu };
+        let mean = self.means.get(&x).copied();
+        let operands = Operands { z: x, mean, w, gamma: affine[0], beta: affine[1], residual: norm.residual, running };
+        self.tape.scoped(conv, |tape| gram_norm::record(tape, layer, &operands))
     }
 
     /// A fully connected layer.
@@ -158,16 +236,27 @@ impl<'t> Builder<'t> {
             let desc = TensorDesc::new([out], self.master());
             bias_input = Some(self.param(&format!("{name}.bias"), desc, Init::linear(fan_in)));
         }
-        self.tape.scoped(name, |tape| {
-            let w = low_precision(tape, w, self.dtype)?;
-            let inputs: Vec<ValueId> = [x, w].into_iter().chain(bias_input).collect();
-            tape.record_one(Linear, &inputs)
-        })
+        let w = self.prepare(name, w, None)?;
+        let inputs: Vec<ValueId> = [x, w].into_iter().chain(bias_input).collect();
+        self.tape.scoped(name, |tape| tape.record_one(Linear, &inputs))
     }
 
-    /// The parameters of a batch norm over x, and its running statistics.
-    fn batch_norm_leaves(&mut self, name: &str, x: ValueId, norm: Norm) -> (Vec<ValueId>, [ValueId; 3]) {
-        let desc = channel_desc(self.tape.desc(x).shape.channels(), self.dtype);
+    /// The weight `w` as layer `name` takes it: in the activations' type, with so many channels.
+    fn prepare(&mut self, name: &str, w: ValueId, channels: Option<usize>) -> Result<ValueId> {
+        if let Some(&prepared) = self.prepared.get(&w) {
+            return Ok(prepared);
+        }
+        let prepared = self.tape.scoped(name, |tape| {
+            let w = low_precision(tape, w, self.dtype)?;
+            channels.map_or(Ok(w), |channels| tape.record_one(PadChannels { channels }, &[w]))
+        })?;
+        self.prepared.insert(w, prepared);
+        Ok(prepared)
+    }
+
+    /// The parameters of a batch norm over so many channels, and its running statistics.
+    fn batch_norm_leaves(&mut self, name: &str, channels: usize, norm: Norm) -> (Vec<ValueId>, [ValueId; 3]) {
+        let desc = channel_desc(channels, self.dtype);
         let mut affine = Vec::new();
         if norm.affine {
             affine.push(self.param(&format!("{name}.weight"), desc.clone(), Init::Constant(norm.gamma)));
@@ -188,7 +277,7 @@ impl<'t> Builder<'t> {
         if !self.epilogues.pooling {
             return self.batch_norm_then_max_pool([norm, pool], x);
         }
-        let (affine, updates) = self.batch_norm_leaves(norm, x, Norm::RELU);
+        let (affine, updates) = self.batch_norm_leaves(norm, self.tape.desc(x).shape.channels(), Norm::RELU);
         let sums = self.sums.get(&x).copied();
         let inputs: Vec<ValueId> = [x].into_iter().chain(affine).chain(sums).collect();
         let op = BatchNormMaxPool::new(groups, EPS, MOMENTUM, sums.is_some());
@@ -206,34 +295,53 @@ impl<'t> Builder<'t> {
     /// # Errors
     /// Shapes that do not fit.
     pub fn batch_norm(&mut self, name: &str, x: ValueId, norm: Norm) -> Result<ValueId> {
-        let (affine, updates) = self.batch_norm_leaves(name, x, norm);
+        let (affine, updates) = self.batch_norm_leaves(name, self.tape.desc(x).shape.channels(), norm);
         let [running_mean, running_var, _] = updates;
         let fusion = Fusion { affine: norm.affine, residual: norm.residual.is_some(), relu: norm.relu };
         let (mode, sums) = (self.mode, self.sums.get(&x).copied());
-        self.tape.scoped(name, |tape| match mode {
+        let (y, means) = self.tape.scoped(name, |tape| match mode {
             Mode::Train { groups } => {
                 let inputs = [x].into_iter().chain(affine).chain(norm.residual).chain(sums);
                 let inputs: Vec<ValueId> = inputs.collect();
-                let op = BatchNorm { groups, eps: EPS, momentum: MOMENTUM, fusion, sums_given: sums.is_some() };
-                Ok(tape.record_updating(op, &inputs, &updates)?[0])
+                let op = BatchNorm {
+                    groups,
+                    eps: EPS,
+                    momentum: MOMENTUM,
+                    fusion,
+                    sums_given: sums.is_some(),
+                    means: norm.means,
+                };
+                let outputs = tape.record_updating(op, &inputs, &updates)?;
+                let means = outputs.last().copied().filter(|_| norm.means);
+                Ok((outputs[0], means))
             }
             Mode::Eval => {
                 let inputs: Vec<ValueId> =
                     [x, running_mean, running_var].into_iter().chain(affine).chain(norm.residual).collect();
-                tape.record_one(BatchNormEval { eps: EPS, fusion }, &inputs)
+                Ok((tape.record_one(BatchNormEval { eps: EPS, fusion }, &inputs)?, None))
             }
-        })
+        })?;
+        self.means.extend(means.map(|means| (y, means)));
+        Ok(y)
     }
 
-    /// Takes the newest parameter out of training.
-    pub fn freeze_last(&mut self) {
-        if let Some(param) = self.params.last_mut() {
+    /// Takes the parameter `name` out of training.
+    pub fn freeze(&mut self, name: &str) {
+        if let Some(param) = self.params.iter_mut().find(|param| param.name == name) {
             param.trainable = false;
             self.tape.freeze(param.value);
         }
     }
 
+    /// The value of a parameter or buffer that is there already.
+    fn recorded(&self, name: &str) -> Option<ValueId> {
+        self.params.iter().find(|param| param.name == name).map(|param| param.value)
+    }
+
     fn param(&mut self, name: &str, desc: TensorDesc, init: Init) -> ValueId {
+        if let Some(value) = self.recorded(name) {
+            return value;
+        }
         let trainable = self.trainable && matches!(self.mode, Mode::Train { .. });
         let value = self.tape.leaf(name, desc.clone(), Role::Parameter, trainable);
         self.params.push(ParamInfo { name: name.into(), value, desc, trainable, group: self.group, init });
@@ -241,6 +349,9 @@ impl<'t> Builder<'t> {
     }
 
     fn buffer(&mut self, name: &str, desc: TensorDesc, start: f64) -> ValueId {
+        if let Some(value) = self.recorded(name) {
+            return value;
+        }
         let value = self.tape.leaf(name, desc.clone(), Role::State, false);
         let init = Init::Constant(start);
         self.params.push(ParamInfo { name: name.into(), value, desc, trainable: false, group: self.group, init });

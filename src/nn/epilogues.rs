@@ -8,9 +8,31 @@ use crate::error::{Error, Result};
 use crate::graph::{Phase, Tape};
 use crate::ops::conv2d::Join;
 
+/// Lets serde read and write a choice as the text that the command line takes.
+macro_rules! written_as_text {
+    ($choice:ty) => {
+        impl TryFrom<String> for $choice {
+            type Error = String;
+
+            fn try_from(text: String) -> std::result::Result<$choice, String> {
+                text.parse()
+            }
+        }
+
+        impl From<$choice> for String {
+            fn from(one: $choice) -> String {
+                one.to_string()
+            }
+        }
+    };
+}
+pub(crate) use written_as_text;
+
 /// What the channels of an ordinary convolution are multiples of, and the largest side of its kernel.
 const CHANNELS: usize = 8;
 const KERNEL: usize = 3;
+/// Most input channels of a narrow one.
+pub const NARROW: usize = 128;
 /// Layers that an error names.
 const NAMED: usize = 4;
 
@@ -21,6 +43,8 @@ pub enum Layers {
     All,
     /// Those with kernels up to 3x3 and a multiple of 8 channels on both sides: all but a stem's 7x7 in the usual networks.
     Ordinary,
+    /// Those of up to [`NARROW`] input channels.
+    Narrow,
     /// Those with one of these names, and those below it: `encoder.layer1` has `encoder.layer1.0.conv2`, but not
     /// `encoder.layer10.0.conv2`.
     Named(Vec<String>),
@@ -35,6 +59,7 @@ impl Layers {
     pub fn contain(&self, layer: &str, kernel: usize, channels: [usize; 2]) -> bool {
         match self {
             Layers::All => true,
+            Layers::Narrow => channels[0] <= NARROW,
             Layers::Ordinary => kernel <= KERNEL && channels.iter().all(|c| c.is_multiple_of(CHANNELS)),
             Layers::Named(names) => names.iter().any(|name| is_below(layer, name)),
         }
@@ -84,6 +109,7 @@ impl Display for Layers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Layers::All => f.write_str("all"),
+            Layers::Narrow => write!(f, "all of up to {NARROW} input channels"),
             Layers::Ordinary => f.write_str("all up to 3x3 with multiples of 8 channels"),
             Layers::Named(names) if names.is_empty() => f.write_str("none"),
             Layers::Named(names) => f.write_str(&names.join(",")),
@@ -143,25 +169,15 @@ impl Display for ResidualGradient {
     }
 }
 
-impl TryFrom<String> for ResidualGradient {
-    type Error = String;
-
-    fn try_from(text: String) -> std::result::Result<ResidualGradient, String> {
-        text.parse()
-    }
-}
-
-impl From<ResidualGradient> for String {
-    fn from(one: ResidualGradient) -> String {
-        one.to_string()
-    }
-}
+written_as_text!(ResidualGradient);
 
 /// What a training step fuses with its convolutions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Epilogues {
     /// Convolutions that compute the statistics for the batch norm after them, which reads their result once less.
     pub statistics: Layers,
+    /// 1x1 convolutions to more channels whose result only a batch norm reads, and is never formed: see `ops::gram_norm`.
+    pub gram: Layers,
     /// How the gradients of residual branches are added.
     pub residual_gradient: ResidualGradient,
     /// Whether the stem's batch norm and the max pooling behind it are one op, which takes less memory.
@@ -170,7 +186,12 @@ pub struct Epilogues {
 
 impl Default for Epilogues {
     fn default() -> Epilogues {
-        Epilogues { statistics: Layers::NONE, residual_gradient: ResidualGradient::default(), pooling: false }
+        Epilogues {
+            statistics: Layers::NONE,
+            gram: Layers::NONE,
+            residual_gradient: ResidualGradient::default(),
+            pooling: false,
+        }
     }
 }
 
@@ -185,9 +206,12 @@ impl Epilogues {
     /// # Errors
     /// [`Error::Config`] with names of layers where it can.
     pub(super) fn check(&self, tape: &Tape) -> Result<()> {
-        let convolutions = tape.nodes().iter().filter(|n| n.phase == Phase::Forward && n.op.name() == "conv2d");
-        let convolutions: Vec<&str> = convolutions.map(|node| node.name.as_str()).collect();
-        self.statistics.check("--fuse-statistics", &convolutions)?;
+        let named = |op: &str| -> Vec<&str> {
+            let nodes = tape.nodes().iter().filter(|n| n.phase == Phase::Forward && n.op.name() == op);
+            nodes.map(|node| node.name.as_str()).collect()
+        };
+        self.statistics.check("--fuse-statistics", &named("conv2d"))?;
+        self.gram.check("--bn gram", &named("gram_norm"))?;
         self.residual_gradient.layers.check("--residual-gradient", &joining(tape))
     }
 }
@@ -232,6 +256,7 @@ mod tests {
         {
             assert_eq!(Layers::Ordinary.contain("a", kernel, channels), expected, "{kernel} {channels:?}");
         }
+        assert!(Layers::Narrow.contain("a", 1, [128, 512]) && !Layers::Narrow.contain("a", 1, [136, 8]));
         assert!("a,,b".parse::<Layers>().unwrap_err().starts_with("expected all, none, or names"));
     }
 

@@ -104,7 +104,7 @@ impl Heads {
         x = b.linear(&format!("{prefix}{index}"), x, self.dim, bias)?;
         if normed {
             if self.projector_out_bias == OutBias::Frozen {
-                b.freeze_last();
+                b.freeze(&format!("{prefix}{index}.bias"));
             }
             let norm = Norm { affine: self.projector_out_affine, ..Norm::PLAIN };
             x = b.batch_norm(&format!("{prefix}{}", index + 1), x, norm)?;

@@ -8,6 +8,7 @@ pub mod layout;
 pub mod params;
 pub mod resnet;
 pub mod simsiam;
+pub mod views;
 
 pub use builder::{Builder, Mode};
 pub use params::{ParamGroup, ParamInfo};

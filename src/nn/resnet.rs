@@ -186,22 +186,51 @@ impl ResNet {
             Block::Bottleneck => &[(width, [1, 1, 0]), (width, [3, stride, 1]), (c_out, [1, 1, 0])],
         };
         let (last, inner) = convs.split_last().unwrap_or_else(|| unreachable!("every block has convolutions"));
+        let (conv, norm) = (format!("{name}.conv{}", convs.len()), format!("{name}.bn{}", convs.len()));
+        let shortcut = Shortcut::new(b, name, x, c_out, stride)?;
         let mut y = x;
         for (i, (channels, shape)) in inner.iter().enumerate() {
             y = b.conv(&format!("{name}.conv{}", i + 1), y, *channels, *shape)?;
-            y = b.batch_norm(&format!("{name}.bn{}", i + 1), y, Norm::RELU)?;
+            let means = i + 1 == inner.len() && b.is_gram(&conv, [*channels, last.0], [last.1[0], last.1[2]]);
+            y = b.batch_norm(&format!("{name}.bn{}", i + 1), y, Norm { means, ..Norm::RELU })?;
         }
-        let i = convs.len();
-        y = b.conv(&format!("{name}.conv{i}"), y, last.0, last.1)?;
-        let shortcut = self.shortcut(b, name, x, c_out, stride)?;
-        b.batch_norm(&format!("{name}.bn{i}"), y, Norm { residual: Some(shortcut), gamma: 0.0, ..Norm::RELU })
+        let y = b.conv_to_norm(&conv, y, last.0, last.1)?;
+        let residual = Some(shortcut.record(b, name, c_out)?);
+        b.norm_of([&conv, &norm], y, Norm { residual, gamma: 0.0, ..Norm::RELU })
+    }
+}
+
+/// The way around a block.
+#[derive(Debug, Clone, Copy)]
+enum Shortcut {
+    /// Its input as it is.
+    Identity(ValueId),
+    /// A 1x1 convolution of x with a stride, and its batch norm.
+    Projection { x: ValueId, stride: usize },
+}
+
+impl Shortcut {
+    /// Of a block with input x and so many channels at its end. The pixels that a projection reads are picked here, before all
+    /// else of the block where they are picked at all: the gradient comes to them last, and is added where they were.
+    fn new(b: &mut Builder<'_>, name: &str, x: ValueId, c_out: usize, stride: usize) -> Result<Shortcut> {
+        let c_in = b.tape.desc(x).shape.channels();
+        if stride == 1 && c_in == c_out {
+            return Ok(Shortcut::Identity(x));
+        }
+        let conv = format!("{name}.downsample.0");
+        match b.is_gram(&conv, [c_in, c_out], [1, 0]) {
+            true => Ok(Shortcut::Projection { x: b.subsample(&conv, x, stride)?, stride: 1 }),
+            false => Ok(Shortcut::Projection { x, stride }),
+        }
     }
 
-    fn shortcut(&self, b: &mut Builder<'_>, name: &str, x: ValueId, c_out: usize, stride: usize) -> Result<ValueId> {
-        if stride == 1 && b.tape.desc(x).shape.channels() == c_out {
-            return Ok(x);
-        }
-        let x = b.conv(&format!("{name}.downsample.0"), x, c_out, [1, stride, 0])?;
-        b.batch_norm(&format!("{name}.downsample.1"), x, Norm::PLAIN)
+    fn record(self, b: &mut Builder<'_>, name: &str, c_out: usize) -> Result<ValueId> {
+        let (x, stride) = match self {
+            Shortcut::Identity(x) => return Ok(x),
+            Shortcut::Projection { x, stride } => (x, stride),
+        };
+        let (conv, norm) = (format!("{name}.downsample.0"), format!("{name}.downsample.1"));
+        let y = b.conv_to_norm(&conv, x, c_out, [1, stride, 0])?;
+        b.norm_of([&conv, &norm], y, Norm::PLAIN)
     }
 }

@@ -2,12 +2,14 @@
 
 use crate::error::{Error, Result};
 use crate::graph::builtin::Constant;
+use crate::graph::recompute::recompute;
 use crate::graph::{Role, Tape, ValueId, backward};
 use crate::nn::builder::{Builder, Mode};
 use crate::nn::epilogues::Epilogues;
 use crate::nn::heads::Heads;
 use crate::nn::params::{Init, ParamGroup, ParamInfo};
 use crate::nn::resnet::ResNet;
+use crate::nn::views::{Recorded, Views};
 use crate::ops::augment::{AugmentViews, Augmentation};
 use crate::ops::conv2d::gradient_dtype;
 use crate::ops::cosine_loss::CosineLoss;
@@ -15,7 +17,6 @@ use crate::ops::loss_scale::{LossScaleUpdate, LossScaling};
 use crate::ops::pad_channels::PadChannels;
 use crate::ops::sgd::{Guard, SgdUpdate, StepParam};
 use crate::ops::similarity::{Kind, Similarity};
-use crate::ops::slice_rows::SliceRows;
 use crate::ops::z_std::ZStd;
 use crate::tensor::{DType, TensorDesc};
 
@@ -72,14 +73,16 @@ pub struct StepShape {
     pub scaling: Option<LossScaling>,
     /// What is fused with convolutions.
     pub epilogues: Epilogues,
+    /// Whether the views go through the network together.
+    pub views: Views,
 }
 
 impl StepShape {
-    /// A step that keeps no gradients, fuses nothing, and scales the loss in float16.
+    /// A step that keeps no gradients, fuses nothing, has the views together, and scales the loss in float16.
     pub fn new(batch: usize, image_size: usize, dtype: DType, source: ViewSource) -> StepShape {
         let scaling = (dtype == DType::F16).then(LossScaling::default);
-        let epilogues = Epilogues::default();
-        StepShape { batch, image_size, dtype, keep_gradients: false, source, scaling, epilogues }
+        let (epilogues, views) = (Epilogues::default(), Views::default());
+        StepShape { batch, image_size, dtype, keep_gradients: false, source, scaling, epilogues, views }
     }
 }
 
@@ -203,7 +206,7 @@ impl SimSiam {
         let d_loss = record_seed(&mut tape, scaler.as_ref(), dtype)?;
         let mut b = Builder::new(&mut tape, Mode::Train { groups: 2 }, dtype);
         b.epilogues = shape.epilogues.clone();
-        let (p, z) = self.record_pair(&mut b, shape, views)?;
+        let Recorded { p, z, repeated } = self.record_pair(&mut b, shape, views)?;
         let mut params = b.params;
         let [loss, z_std] = self.record_loss(&mut tape, [p, z], batch, d_loss)?;
         for kept in [loss, z, z_std] {
@@ -213,28 +216,10 @@ impl SimSiam {
         let (momenta, gradients) =
             record_update(&mut tape, seed, step_params, &params, keep_gradients, scaler.as_ref())?;
         shape.epilogues.check(&tape)?;
+        recompute(&mut tape, &repeated)?;
         let loss_scale = scaler.as_ref().map(Scaler::scale);
         params.extend(scaler.into_iter().flat_map(|scaler| scaler.state));
         Ok(TrainGraph { tape, views, stored, step_params, loss, z_std, z, params, momenta, gradients, loss_scale })
-    }
-
-    /// Predictions p and the projections z of both views.
-    fn record_pair(&self, b: &mut Builder<'_>, shape: &StepShape, views: ValueId) -> Result<(ValueId, ValueId)> {
-        let images = match shape.source {
-            ViewSource::Given { padded: true } => pad(b, &self.backbone, views)?,
-            _ => views,
-        };
-        let features = self.backbone.record(b, "encoder.", images)?;
-        let z = self.heads.projector(b, "encoder.fc.", features)?;
-        b.group = ParamGroup::Predictor;
-        b.trainable = self.heads.predictor == crate::nn::heads::PredictorKind::Mlp;
-        let mut predicted = z;
-        if !self.symmetric {
-            predicted =
-                b.tape.scoped("view1", |tape| tape.record_one(SliceRows { start: 0, len: shape.batch }, &[z]))?;
-            b.mode = Mode::Train { groups: 1 };
-        }
-        Ok((self.heads.predictor(b, "predictor.", predicted)?, z))
     }
 
     /// Loss and z std.

@@ -6,7 +6,7 @@ use crate::backend::cpu::{CpuIo, Real};
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
-use crate::graph::{GradBuilder, Op};
+use crate::graph::{GradBuilder, Op, Tensors, Traffic};
 use crate::ops::conv2d::gradient_dtype;
 use crate::ops::similarity::{add_cosine_gradient, negative_cosine, paired};
 use crate::ops::z_std::cuda::column_tiles;
@@ -88,6 +88,11 @@ impl Op for CosineLoss {
             io.outputs[1].get::<T>()[0] = mean_std(z, d, sums) as T;
         });
         Ok(())
+    }
+
+    /// z is read again once the norms of its rows are known.
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        tensors.once().reading(tensors.inputs[1])
     }
 
     /// Of each row of p the loss and of each of z the reciprocal norm, then what `z_std` needs.

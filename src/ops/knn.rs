@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use crate::backend::cpu::CpuIo;
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
-use crate::graph::Op;
+use crate::graph::{Op, Tensors, Traffic};
 use crate::tensor::{DType, TensorDesc};
 
 /// Most neighbours of a query that the ops keep.
@@ -185,6 +185,12 @@ impl Op for KnnVote {
             *prediction = votes.map_or(-1, |votes| elect(votes.into_iter(), self.temperature, self.classes) as i64);
         });
         Ok(())
+    }
+
+    /// Of the labels those of the neighbours.
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        let [best, labels] = [tensors.inputs[0].bytes(), tensors.inputs[1].bytes()];
+        Traffic { read: (best + labels.min(best)) as u64, ..tensors.once() }
     }
 
     fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {

@@ -5,8 +5,8 @@ use rayon::prelude::*;
 use crate::backend::cpu::{CpuIo, Real};
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
-use crate::graph::Op;
 use crate::graph::op::dispatch_real;
+use crate::graph::{Op, Tensors, Traffic};
 use crate::ops::sgd::{Hyper, StepParam, check_tensors, update};
 use crate::tensor::TensorDesc;
 
@@ -70,6 +70,13 @@ impl Op for LarsUpdate {
             });
         }
         Ok(())
+    }
+
+    /// Weights and gradients are read again once their norms are known.
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        let n = self.lr.len();
+        let again = tensors.inputs[1..=n].iter().chain(&tensors.updates[..n]);
+        again.fold(tensors.once(), |traffic, tensor| traffic.reading(tensor))
     }
 
     fn cuda_workspace(&self, inputs: &[&TensorDesc]) -> usize {

@@ -3,8 +3,8 @@
 use crate::backend::cpu::{CpuIo, Epilogue, Mat, Real, long_workspace, multiply_long, multiply_rows};
 use crate::backend::cuda::library::{Product, Work};
 use crate::error::{Error, Result};
-use crate::graph::Op;
 use crate::graph::op::dispatch_real;
+use crate::graph::{Again, Op};
 use crate::ops::conv2d::gradient_dtype;
 use crate::tensor::{DType, TensorDesc};
 
@@ -169,6 +169,11 @@ impl Op for Matmul {
             Ok(sizes) if self.a.transposed => long_workspace(sizes) * gradient_dtype(inputs[0].dtype).size(),
             _ => 0,
         }
+    }
+
+    /// Products of a shared matrix are of weights and statistics: as small as what they are made of, and kept.
+    fn again(&self) -> Again {
+        if self.a.shared { Again::Never } else { Again::Same }
     }
 
     fn accumulates(&self) -> bool {

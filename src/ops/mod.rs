@@ -8,6 +8,8 @@ pub mod cast;
 pub mod conv2d;
 pub mod cosine_loss;
 pub mod cross_entropy;
+pub mod gram_norm;
+pub mod group_sums;
 pub mod knn;
 pub mod lars;
 pub mod layout;
@@ -22,6 +24,7 @@ mod row_tiles;
 pub mod sgd;
 pub mod similarity;
 pub mod slice_rows;
+pub mod subsample;
 pub mod z_std;
 
 use crate::backend::cuda::{self, Kernel};
@@ -37,6 +40,8 @@ pub fn cuda_kernels() -> Vec<&'static Kernel> {
         conv2d::stem::KERNELS,
         cosine_loss::cuda::KERNELS,
         cross_entropy::cuda::KERNELS,
+        gram_norm::KERNELS,
+        group_sums::cuda::KERNELS,
         knn::cuda::KERNELS,
         lars::cuda::KERNELS,
         loss_scale::cuda::KERNELS,
@@ -48,6 +53,7 @@ pub fn cuda_kernels() -> Vec<&'static Kernel> {
         sgd::cuda::KERNELS,
         similarity::cuda::KERNELS,
         slice_rows::cuda::KERNELS,
+        subsample::cuda::KERNELS,
         z_std::cuda::KERNELS,
         builtin::cuda::KERNELS,
         &cuda::kernels(),

@@ -9,7 +9,7 @@ use crate::backend::cpu::{CpuIo, Real};
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
-use crate::graph::{GradBuilder, Op};
+use crate::graph::{GradBuilder, Op, Tensors, Traffic};
 use crate::ops::conv2d::gradient_dtype;
 use crate::tensor::TensorDesc;
 
@@ -89,6 +89,11 @@ impl Op for Similarity {
         Ok(())
     }
 
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        let alone = unpaired(tensors.inputs[0], tensors.inputs[1]);
+        Traffic { read: tensors.once().read - alone, ..tensors.once() }
+    }
+
     /// The loss of each row.
     fn cuda_workspace(&self, inputs: &[&TensorDesc]) -> usize {
         inputs[0].shape.rows() * size_of::<f32>()
@@ -163,9 +168,22 @@ impl Op for SimilarityBackward {
         Ok(())
     }
 
+    /// Of z's gradient the rows without a partner are zeros; where it is added they are left alone.
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        let alone = unpaired(tensors.inputs[1], tensors.inputs[2]);
+        let left = if self.wrt == Side::Z && tensors.accumulates(0) { alone } else { 0 };
+        let Traffic { read, written } = tensors.once();
+        Traffic { read: read - alone - left, written: written - left }
+    }
+
     fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
         cuda::backward(*self, io)
     }
+}
+
+/// Bytes of the rows of z that no row of p is paired with: they are not read.
+fn unpaired(p: &TensorDesc, z: &TensorDesc) -> u64 {
+    (z.bytes() - p.bytes()) as u64
 }
 
 fn dot<T: Real>(a: &[T], b: &[T]) -> f64 {

@@ -3,8 +3,8 @@
 use crate::backend::cpu::{CpuIo, Real};
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
-use crate::graph::Op;
 use crate::graph::op::dispatch_real;
+use crate::graph::{Op, Tensors, Traffic};
 use crate::tensor::TensorDesc;
 
 /// Mean over dimensions of the unbiased standard deviation, over the rows, of `z / ||z||`. Input z `[m][d]`, output a
@@ -40,6 +40,11 @@ impl Op for ZStd {
             io.outputs[0].get::<T>()[0] = std as T;
         });
         Ok(())
+    }
+
+    /// z is read again once the norms of its rows are known.
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        tensors.once().reading(tensors.inputs[0])
     }
 
     /// The reciprocal norm of each row, then what each tile of columns adds.

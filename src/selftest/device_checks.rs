@@ -1,7 +1,7 @@
 //! What only a device can get wrong: a replayed step against a launched one, and every node against the CPU's.
 
-use super::trajectory::{Start, start};
-use super::{EMBEDDED, Golden, Outcome, Worst};
+use super::trajectory::{Start, Step, start};
+use super::{EMBEDDED, Golden, Outcome, Variant, Worst};
 use crate::backend::cpu::Tier;
 use crate::error::{Error, Result};
 use crate::exec::compare::{Comparison, compare};
@@ -29,12 +29,13 @@ fn trajectories() -> Result<Vec<Golden>> {
 ///
 /// # Errors
 /// [`Error::Config`] without a CUDA device; faults of the device.
-pub fn lockstep(device: &Device, mut report: impl FnMut(&Outcome)) -> Result<Vec<Outcome>> {
+pub fn lockstep(device: &Device, variant: &Variant, mut report: impl FnMut(&Outcome)) -> Result<Vec<Outcome>> {
     expect_cuda("--lockstep", device)?;
+    let step = Step { target: device.target(), dtype: DType::F32, variant };
     let mut outcomes = Vec::new();
     for golden in trajectories()? {
         // The CPU runs the device's own tape, padded stem and all.
-        let begin = |on: &Device| start(&golden, on, device.target(), DType::F32, Options::default());
+        let begin = |on: &Device| start(&golden, on, step, Options::default());
         let (mut cpu, mut other) = (begin(&Device::Cpu(Tier::Direct))?, begin(device)?);
         for run in [&mut cpu, &mut other] {
             run.write_views(&golden, 0)?;
@@ -61,6 +62,7 @@ pub fn lockstep(device: &Device, mut report: impl FnMut(&Outcome)) -> Result<Vec
 pub fn replays(
     device: &Device,
     dtypes: &[DType],
+    variant: &Variant,
     steps: usize,
     mut report: impl FnMut(&Outcome),
 ) -> Result<Vec<Outcome>> {
@@ -70,7 +72,7 @@ pub fn replays(
         for &dtype in dtypes {
             let run = |graph| {
                 let options = Options { graph, ..Options::default() };
-                let mut run = start(golden, device, device.target(), dtype, options)?;
+                let mut run = start(golden, device, Step { target: device.target(), dtype, variant }, options)?;
                 train_on_noise(&mut run, dtype, steps)
             };
             let (replayed, launched) = (run(true)?, run(false)?);

@@ -11,8 +11,10 @@ pub use device_checks::{lockstep, replays};
 
 use crate::error::{Error, Result};
 use crate::exec::Device;
+use crate::nn::views::Views;
 use crate::tensor::safetensors::{self, NamedTensors};
 use crate::tensor::{DType, HostTensor};
+use crate::train::epilogues::NormChoice;
 
 /// The set that travels in the binary.
 const EMBEDDED: &[(&str, &[u8])] = &[
@@ -66,6 +68,15 @@ impl Worst {
     }
 }
 
+/// How whole steps are computed; the results are those of the default.
+#[derive(Debug, Clone, Default)]
+pub struct Variant {
+    /// How the views go through the network.
+    pub views: Views,
+    /// How batch norm is computed behind 1x1 convolutions.
+    pub bn: NormChoice,
+}
+
 /// A golden file in memory.
 #[derive(Debug)]
 struct Golden {
@@ -109,10 +120,10 @@ impl Golden {
         self.tensors.get(name).and_then(|t| t.to_f64().first().copied()).unwrap_or(0.0)
     }
 
-    fn replay(&self, device: &Device, dtypes: &[DType]) -> Result<Outcome> {
+    fn replay(&self, device: &Device, dtypes: &[DType], variant: &Variant) -> Result<Outcome> {
         let (compared, worst) = match self.meta("kind")? {
             "simsiam-ops" => op_table::replay(self, device, dtypes)?,
-            "simsiam-trajectory" => trajectory::replay(self, device, dtypes)?,
+            "simsiam-trajectory" => trajectory::replay(self, device, dtypes, variant)?,
             other => {
                 let what = format!("metadata: kind: expected simsiam-ops or simsiam-trajectory, got {other:?}");
                 return Err(Error::format(&self.path, None, what));
@@ -122,8 +133,8 @@ impl Golden {
     }
 }
 
-/// Replays every `*.safetensors` in `folder`, or the embedded set without one, in each of `dtypes`; calls `report` after
-/// each file.
+/// Replays every `*.safetensors` in `folder`, or the embedded set without one, in each of `dtypes`, trajectories as
+/// `variant` says; calls `report` after each file.
 ///
 /// # Errors
 /// Unreadable folders or files; a mismatch is no error but an [`Outcome`] that did not pass.
@@ -131,11 +142,12 @@ pub fn run(
     folder: Option<&Path>,
     device: &Device,
     dtypes: &[DType],
+    variant: &Variant,
     mut report: impl FnMut(&Outcome),
 ) -> Result<Vec<Outcome>> {
     let mut outcomes = Vec::new();
     let mut replay = |golden: Golden| -> Result<()> {
-        let outcome = golden.replay(device, dtypes)?;
+        let outcome = golden.replay(device, dtypes, variant)?;
         report(&outcome);
         outcomes.push(outcome);
         Ok(())

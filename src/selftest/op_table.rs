@@ -205,7 +205,7 @@ impl Replay<'_> {
             OpCase::Conv2d { stride, padding } => self.op(Conv2d::new(stride, padding), &["x", "w"], &["y"]),
             OpCase::BatchNorm { groups, eps, momentum, relu, residual, affine } => {
                 let fusion = Fusion { affine, residual, relu };
-                self.batch_norm(BatchNorm { groups, eps, momentum, fusion, sums_given: false })
+                self.batch_norm(BatchNorm { groups, eps, momentum, fusion, sums_given: false, means: false })
             }
             OpCase::BatchNormEval { eps, relu, residual, affine } => {
                 let names = ["x", "running_mean", "running_var"].into_iter();

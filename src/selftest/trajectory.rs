@@ -1,22 +1,24 @@
 //! Trajectories: whole training steps against PyTorch's float64, with tolerances relative to PyTorch's own float32 errors
 //! (training from random weights is ill-conditioned, so a constant would be too loose or too strict).
 
-use super::{Golden, Worst};
+use super::{Golden, Variant, Worst};
 use crate::error::{Error, Result};
 use crate::exec::{Device, Executor, Options};
 use crate::graph::ValueId;
 use crate::graph::plan::Target;
 use crate::nn::ParamInfo;
+use crate::nn::epilogues::Epilogues;
 use crate::nn::heads::{HeadNorm, Heads, OutBias, PredictorKind};
 use crate::nn::resnet::{Block, ResNet, Stem};
 use crate::nn::simsiam::{LOSS_SCALE, SimSiam, StepShape, TrainGraph, ViewSource};
 use crate::ops::sgd::StepParam;
 use crate::ops::similarity::Kind;
 use crate::tensor::{DType, HostTensor};
+use crate::train::epilogues::Processor;
 use crate::train::state::{read_params, to_torch, write_initial, write_params};
 
 /// Replays a file in each of `dtypes` that PyTorch's own error is known for; returns what was compared and the worst error.
-pub(super) fn replay(golden: &Golden, device: &Device, dtypes: &[DType]) -> Result<(String, Worst)> {
+pub(super) fn replay(golden: &Golden, device: &Device, dtypes: &[DType], variant: &Variant) -> Result<(String, Worst)> {
     if let Some(error) = device.missing_libraries() {
         return Ok((format!("not run: {error}"), Worst::default()));
     }
@@ -24,7 +26,7 @@ pub(super) fn replay(golden: &Golden, device: &Device, dtypes: &[DType]) -> Resu
     let known: Vec<DType> = dtypes.iter().copied().filter(|dtype| matches!(dtype, DType::F32 | DType::Bf16)).collect();
     for &dtype in &known {
         let check = Check { golden, dtype, worst };
-        (compared, worst) = replay_in(check, device)?;
+        (compared, worst) = replay_in(check, device, variant)?;
     }
     let dtypes: Vec<String> = known.iter().map(DType::to_string).collect();
     Ok((format!("{compared} in {}", dtypes.join(", ")), worst))
@@ -48,11 +50,23 @@ impl Start {
     }
 }
 
-/// The network of a file on `device` with its start values and hyper-parameters, the stem as devices of `target` have it.
-pub(super) fn start(golden: &Golden, device: &Device, target: Target, dtype: DType, options: Options) -> Result<Start> {
+/// How a trajectory is computed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Step<'a> {
+    /// The stem is as such devices have it.
+    pub target: Target,
+    pub dtype: DType,
+    pub variant: &'a Variant,
+}
+
+/// The network of a file on `device` with its start values and hyper-parameters.
+pub(super) fn start(golden: &Golden, device: &Device, step: Step<'_>, options: Options) -> Result<Start> {
+    let Step { target, dtype, variant } = step;
     let source = ViewSource::Given { padded: target == Target::Cuda };
     let (batch, image_size) = (golden.parse("batch")?, golden.parse("image_size")?);
-    let shape = StepShape { keep_gradients: true, ..StepShape::new(batch, image_size, dtype, source) };
+    let epilogues = Epilogues { gram: variant.bn.layers(Processor::Gpu(None)), ..Epilogues::default() };
+    let plain = StepShape::new(batch, image_size, dtype, source);
+    let shape = StepShape { keep_gradients: true, views: variant.views, epilogues, ..plain };
     let TrainGraph { tape, views, step_params, loss, z_std, params, gradients, .. } =
         model(golden)?.record_step(&shape)?;
     let mut exec = device.executor_with(tape, options)?;
@@ -64,10 +78,10 @@ pub(super) fn start(golden: &Golden, device: &Device, target: Target, dtype: DTy
     Ok(Start { exec, views, loss, z_std, params, gradients })
 }
 
-fn replay_in(mut check: Check<'_>, device: &Device) -> Result<(String, Worst)> {
+fn replay_in(mut check: Check<'_>, device: &Device, variant: &Variant) -> Result<(String, Worst)> {
     let (golden, dtype) = (check.golden, check.dtype);
     let steps: usize = golden.parse("steps")?;
-    let mut run = start(golden, device, device.target(), dtype, Options::default())?;
+    let mut run = start(golden, device, Step { target: device.target(), dtype, variant }, Options::default())?;
     let (mut losses, mut stds) = (Vec::new(), Vec::new());
     for step in 0..steps {
         run.write_views(golden, step)?;

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::exec::{DeviceChoice, Options, Precision};
 use crate::nn::simsiam::SimSiam;
 use crate::train::epilogues::EpilogueChoice;
+use crate::train::memory::MemoryChoice;
 use crate::train::schedule::Schedule;
 
 /// Name of the file in the run directory.
@@ -146,6 +147,9 @@ pub struct Machine {
     /// What is fused with convolutions; runs of older versions have no such table.
     #[serde(default)]
     pub epilogues: EpilogueChoice,
+    /// How the memory of a step is kept small; of runs without such a table it is not.
+    #[serde(default, skip_serializing_if = "MemoryChoice::is_default")]
+    pub memory: MemoryChoice,
 }
 
 fn yes() -> bool {
@@ -165,6 +169,7 @@ impl Default for Machine {
             cpu_conv: Tier::Direct,
             check: false,
             epilogues: EpilogueChoice::default(),
+            memory: MemoryChoice::default(),
         }
     }
 }

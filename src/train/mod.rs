@@ -4,6 +4,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod epilogues;
 pub mod finetune;
+pub mod memory;
 pub mod metrics;
 pub mod monitor;
 pub mod progress;

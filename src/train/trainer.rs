@@ -131,8 +131,10 @@ fn record(config: &RunConfig, device: &Device, dataset: &Dataset, batch: usize) 
     let (dtype, image_size) = (config.machine.dtype.dtype(), config.augment.image_size);
     let source = view_source(device, (&config.augment, &config.model.backbone), dtype, dataset, batch)?;
     let epilogues = config.machine.epilogues.resolve(device, dtype);
-    let shape = StepShape { epilogues, ..StepShape::new(batch, image_size, dtype, source.clone()) };
-    let graph = config.model.record_step(&shape)?;
+    let memory = config.machine.memory;
+    let plain = StepShape::new(batch, image_size, dtype, source.clone());
+    let mut graph = config.model.record_step(&StepShape { epilogues, views: memory.views, ..plain })?;
+    (graph.tape, _) = memory.fit(graph.tape, device.target())?;
     let source = Source::of(graph.views, graph.stored, source);
     Ok((graph, source))
 }

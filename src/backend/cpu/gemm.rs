@@ -36,6 +36,9 @@ pub trait Real:
     fn of(value: f64) -> Self;
     /// To f64, exactly.
     fn to_f64(self) -> f64;
+    /// Itself or 0, without a branch: where what to keep is as good as random, as behind a ReLU, a processor guesses every other
+    /// branch wrong, and takes ten times as long.
+    fn when(self, keep: bool) -> Self;
     /// The best kernel of this machine.
     fn kernel() -> Kernel<Self>;
     /// The transpose of a square.
@@ -53,6 +56,10 @@ impl Real for f32 {
     }
     fn to_f64(self) -> f64 {
         f64::from(self)
+    }
+    #[inline]
+    fn when(self, keep: bool) -> f32 {
+        f32::from_bits(self.to_bits() & u32::from(keep).wrapping_neg())
     }
     fn kernel() -> Kernel<f32> {
         static BEST: LazyLock<Kernel<f32>> = LazyLock::new(|| kernel::f32_kernels()[0]);
@@ -87,6 +94,10 @@ impl Real for f64 {
     }
     fn to_f64(self) -> f64 {
         self
+    }
+    #[inline]
+    fn when(self, keep: bool) -> f64 {
+        f64::from_bits(self.to_bits() & u64::from(keep).wrapping_neg())
     }
     fn kernel() -> Kernel<f64> {
         static BEST: LazyLock<Kernel<f64>> = LazyLock::new(|| kernel::f64_kernels()[0]);

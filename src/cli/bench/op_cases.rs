@@ -134,7 +134,7 @@ fn batch_norm(shape: [usize; 4], residual: bool, dtype: DType) -> Case {
         let running = ["running_mean", "running_var"].map(|n| tape.leaf(n, channel.clone(), Role::State, false));
         let tracked = tape.leaf("num_batches_tracked", TensorDesc::new([], DType::I64), Role::State, false);
         let fusion = Fusion { affine: true, residual, relu: true };
-        let op = BatchNorm { groups: 2, eps: 1e-5, momentum: 0.1, fusion, sums_given: false };
+        let op = BatchNorm { groups: 2, eps: 1e-5, momentum: 0.1, fusion, sums_given: false, means: false };
         let y = tape.record_updating(op, &inputs, &[running[0], running[1], tracked])?[0];
         seed(&mut tape, y)?;
         Ok(tape)

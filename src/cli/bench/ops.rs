@@ -11,7 +11,7 @@ use crate::backend::cpu::Tier;
 use crate::cli::output;
 use crate::error::{Error, Result};
 use crate::exec::{self, DeviceChoice, Executor, Precision};
-use crate::graph::{Phase, Role, ValueId, WriteMode};
+use crate::graph::{Phase, Role, ValueId, ledger};
 use crate::rng::Stream;
 use crate::tensor::{DType, TensorDesc};
 
@@ -165,23 +165,9 @@ pub(in crate::cli) fn time_once(device: &exec::Device, work: &mut dyn FnMut() ->
 
 /// Bytes that the nodes of a phase have to move, and their floating-point operations.
 fn traffic(executor: &dyn Executor, phase: Phase) -> (u64, u64) {
-    let nodes = executor.tape().nodes().iter().enumerate();
-    let of_phase = nodes.filter(|(_, node)| node.phase == phase && !node.op.is_view());
-    of_phase.map(|(index, _)| node_traffic(executor, index)).fold((0, 0), |sum, node| (sum.0 + node.0, sum.1 + node.1))
-}
-
-/// Bytes that a node has to move, and its floating-point operations.
-pub(in crate::cli) fn node_traffic(executor: &dyn Executor, index: usize) -> (u64, u64) {
-    let (tape, planned) = (executor.tape(), &executor.plan().nodes[index]);
-    let node = &tape.nodes()[index];
-    let descs = |ids: &[ValueId]| -> Vec<&TensorDesc> { ids.iter().map(|&id| tape.desc(id)).collect() };
-    let (inputs, updates, mut outputs) = (descs(&node.inputs), descs(&node.updates), descs(&node.outputs));
-    // What is changed in place or added to is read and written.
-    let added_to = outputs.iter().zip(&planned.modes).filter(|(_, mode)| **mode == WriteMode::Accumulate);
-    let read: Vec<&TensorDesc> =
-        inputs.iter().chain(&updates).copied().chain(added_to.map(|(desc, _)| *desc)).collect();
-    outputs.extend(&updates);
-    (node.op.bytes(&read, &outputs), node.op.flops(&inputs))
+    let entries = ledger::entries(executor.tape(), executor.plan());
+    let of_phase = executor.tape().nodes().iter().zip(entries).filter(|(node, _)| node.phase == phase);
+    of_phase.fold((0, 0), |sum, (_, entry)| (sum.0 + entry.traffic.total(), sum.1 + entry.flops))
 }
 
 /// Random numbers in every leaf of the tape, around 0.1 so that no mean is zero.

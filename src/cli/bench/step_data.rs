@@ -145,6 +145,7 @@ fn configuration(path: &Path, args: &DataArgs, workload: &Workload) -> RunConfig
             cpu_conv: workload.cpu_conv,
             check: false,
             epilogues: workload.asked_epilogues.clone(),
+            memory: workload.memory,
         },
     }
 }

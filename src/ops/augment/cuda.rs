@@ -71,6 +71,11 @@ impl Augmentation {
         self.layout(views).end
     }
 
+    /// Of it the tables that the first kernel writes.
+    pub(super) fn tables(&self, views: usize) -> usize {
+        self.layout(views).planes
+    }
+
     fn layout(&self, views: usize) -> Layout {
         let after = |start: usize, bytes: usize| (start + bytes).next_multiple_of(256);
         let firsts = after(0, views * size_of::<u64>());

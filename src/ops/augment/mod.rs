@@ -33,6 +33,8 @@ pub struct Augmentation {
     channels: usize,
     dtype: DType,
     longest_side: usize,
+    /// Of an image's pixels those that a view is made of, on average.
+    crop_share: f64,
     blur_kernel: BlurKernel,
     max_sigma: f32,
     reach: usize,
@@ -61,6 +63,7 @@ impl Augmentation {
             channels,
             dtype,
             longest_side,
+            crop_share: config.crop_scale.iter().sum::<f64>() / 2.0,
             blur_kernel: config.blur_kernel,
             max_sigma: config.blur_sigma[1] as f32,
             reach: config.blur_kernel.reach(config.blur_sigma[1]),
@@ -71,6 +74,12 @@ impl Augmentation {
     /// What a number of views is: `[views][size][size][channels]`.
     pub fn output(&self, views: usize) -> TensorDesc {
         TensorDesc::new([views, self.size, self.size, self.channels], self.dtype)
+    }
+
+    /// Bytes of stored pixels that a number of views are made of, on average, if images are as large as they may be.
+    fn cropped_bytes(&self, views: usize) -> u64 {
+        let image = (3 * self.longest_side * self.longest_side) as f64;
+        (self.crop_share * image).round() as u64 * views as u64
     }
 
     /// Memory that images of so many bytes need on the device: it is read in pieces of 16 bytes.

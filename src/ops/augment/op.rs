@@ -5,7 +5,7 @@ use super::{Augmentation, ViewDescriptor};
 use crate::backend::cpu::CpuIo;
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
-use crate::graph::Op;
+use crate::graph::{Again, Op, Tensors, Traffic};
 use crate::tensor::{DType, TensorDesc};
 
 /// Views of stored images; inputs: their pixels, u8, and the views' descriptors as bytes. Whoever writes these takes both
@@ -46,9 +46,22 @@ impl Op for AugmentViews {
         false
     }
 
+    /// It takes far longer than its traffic tells.
+    fn again(&self) -> Again {
+        Again::Never
+    }
+
     fn cpu(&self, _io: &mut CpuIo<'_>) -> Result<()> {
         let what = "augment: on the CPU the loader makes the views".into();
         Err(Error::Unsupported { what, hint: None })
+    }
+
+    /// Of the pixels the crops, as large as they are on average; and tables of filters on the way.
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        let [pixels, descriptors, views] = [tensors.inputs[0], tensors.inputs[1], tensors.outputs[0].0];
+        let crops = self.augmentation.cropped_bytes(self.views).min(self.views as u64 * pixels.bytes() as u64);
+        let once = Traffic { read: crops, written: views.bytes() as u64 };
+        once.reading(descriptors).staging(self.augmentation.tables(self.views))
     }
 
     fn cuda_workspace(&self, _inputs: &[&TensorDesc]) -> usize {

@@ -5,8 +5,8 @@ use rayon::prelude::*;
 use crate::backend::cpu::{CpuIo, Real};
 
 use super::pooled::Pooled;
-use super::sums::{block_rows, group_sums};
-use super::{BatchNorm, BatchNormBackward, BatchNormEval, Mask, pack};
+use super::sums::{CHAIN, block_rows, group_sums};
+use super::{BatchNorm, BatchNormBackward, BatchNormEval, Fusion, Mask, pack};
 
 /// Per-channel coefficients of one group: `y = (x - mean) scale + beta`.
 pub(super) struct Coefficients<T> {
@@ -30,18 +30,40 @@ fn apply<T: Real>(y: &mut [T], x: &[T], residual: Option<&[T]>, relu: bool, k: &
         let x = &x[i * chunk..][..y.len()];
         let residual = residual.map(|r| &r[i * chunk..][..x.len()]);
         for (row, y) in y.chunks_exact_mut(channels).enumerate() {
-            let x = &x[row * channels..][..channels];
-            for c in 0..channels {
-                y[c] = k.normalised(c, x[c]);
-            }
-            if let Some(residual) = residual {
-                y.iter_mut().zip(&residual[row * channels..]).for_each(|(y, r)| *y += *r);
-            }
-            if relu {
-                y.iter_mut().for_each(|y| *y = if *y > T::ZERO { *y } else { T::ZERO });
-            }
+            apply_row(y, &x[row * channels..], residual.map(|r| &r[row * channels..]), relu, k);
         }
     });
+}
+
+fn apply_row<T: Real>(y: &mut [T], x: &[T], residual: Option<&[T]>, relu: bool, k: &Coefficients<T>) {
+    let channels = y.iter_mut().zip(x).zip(&k.mean).zip(&k.scale).zip(&k.beta);
+    channels.for_each(|((((y, x), mean), scale), beta)| *y = (*x - *mean) * *scale + *beta);
+    if let Some(residual) = residual {
+        y.iter_mut().zip(residual).for_each(|(y, r)| *y += *r);
+    }
+    if relu {
+        y.iter_mut().for_each(|y| *y = y.when(*y > T::ZERO));
+    }
+}
+
+/// As [`apply`] without a residual; returns the sums of the columns of y: of short chains in the tensor's type.
+fn apply_and_sum<T: Real>(y: &mut [T], x: &[T], relu: bool, k: &Coefficients<T>) -> Vec<f64> {
+    let channels = k.mean.len();
+    let chunk = block_rows(x.len() / channels) * channels;
+    let of_block = |(y, x): (&mut [T], &[T])| {
+        let (mut sums, mut chain) = (vec![0.0; channels], vec![T::ZERO; channels]);
+        for (y, x) in y.chunks_mut(CHAIN * channels).zip(x.chunks(CHAIN * channels)) {
+            chain.fill(T::ZERO);
+            for (y, x) in y.chunks_exact_mut(channels).zip(x.chunks_exact(channels)) {
+                apply_row(y, x, None, relu, k);
+                chain.iter_mut().zip(&*y).for_each(|(sum, y)| *sum += *y);
+            }
+            sums.iter_mut().zip(&chain).for_each(|(sum, chain)| *sum += chain.to_f64());
+        }
+        sums
+    };
+    let of_blocks: Vec<Vec<f64>> = y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).map(of_block).collect();
+    (0..channels).map(|c| of_blocks.iter().map(|sums| sums[c]).sum()).collect()
 }
 
 /// Computes the statistics of x, the first input, into the outputs `mean` and `rstd` and the running statistics; returns what
@@ -90,19 +112,57 @@ pub(super) fn statistics<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) -> Vec<Coe
 
 pub(super) fn forward<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) {
     let groups = statistics::<T>(op, io);
+    if op.means {
+        return apply_with_means(op.fusion, &groups, io);
+    }
+    apply_groups(op.fusion, &groups, io, [op.fusion.residual_input(), 3]);
+}
+
+/// y, the first output, from x, the first input; where the residual is among the inputs and the mask among the outputs, if they
+/// are there, the caller says.
+fn apply_groups<T: Real>(fusion: Fusion, groups: &[Coefficients<T>], io: &mut CpuIo<'_>, [residual, mask]: [usize; 2]) {
     let x = io.inputs[0].get::<T>();
-    let residual = op.fusion.residual.then(|| io.inputs[op.fusion.residual_input()].get::<T>());
-    let group_len = x.len() / op.groups;
+    let residual = fusion.residual.then(|| io.inputs[residual].get::<T>());
+    let group_len = x.len() / groups.len();
     for (group, k) in groups.iter().enumerate() {
         let span = group * group_len..(group + 1) * group_len;
         let residual = residual.map(|r| &r[span.clone()]);
-        apply(&mut io.outputs[0].get::<T>()[span.clone()], &x[span], residual, op.fusion.relu, k);
+        apply(&mut io.outputs[0].get::<T>()[span.clone()], &x[span], residual, fusion.relu, k);
     }
-    if op.fusion.mask() == Mask::Stored {
+    if fusion.mask() == Mask::Stored {
         let pack = pack(io.inputs[0].desc);
-        let (head, tail) = io.outputs.split_at_mut(3);
+        let (head, tail) = io.outputs.split_at_mut(mask);
         store_mask(tail[0].get::<u8>(), head[0].get::<T>(), pack);
     }
+}
+
+/// As [`apply_groups`] without a residual; the last output are the means of y.
+fn apply_with_means<T: Real>(fusion: Fusion, groups: &[Coefficients<T>], io: &mut CpuIo<'_>) {
+    let x = io.inputs[0].get::<T>();
+    let (group_len, channels) = (x.len() / groups.len(), io.inputs[0].desc.shape.channels());
+    let rows = (group_len / channels) as f64;
+    for (group, k) in groups.iter().enumerate() {
+        let y = &mut io.outputs[0].get::<T>()[group * group_len..][..group_len];
+        let sums = apply_and_sum(y, &x[group * group_len..][..group_len], fusion.relu, k);
+        let last = io.outputs.len() - 1;
+        let means = &mut io.outputs[last].get::<T>()[group * channels..];
+        means.iter_mut().zip(&sums).for_each(|(mean, sum)| *mean = T::of(sum / rows));
+    }
+}
+
+/// What [`statistics`] returned, from mean and rstd as inputs 1 and 2, behind which are gamma and beta where it is affine.
+pub(super) fn known_statistics<T: Real>(affine: bool, groups: usize, io: &CpuIo<'_>) -> Vec<Coefficients<T>> {
+    let (mean, rstd) = (io.inputs[1].get::<T>(), io.inputs[2].get::<T>());
+    let affine = affine.then(|| (io.inputs[3].get::<T>(), io.inputs[4].get::<T>()));
+    let channels = mean.len() / groups;
+    mean.chunks(channels).zip(rstd.chunks(channels)).map(|(mean, rstd)| recomputed(mean, rstd, affine)).collect()
+}
+
+/// The forward pass from statistics that are known; see [`super::repeat`].
+pub(super) fn repeat<T: Real>(fusion: Fusion, groups: usize, io: &mut CpuIo<'_>) {
+    let groups = known_statistics::<T>(fusion.affine, groups, io);
+    let last = io.inputs.len() - 1;
+    apply_groups(fusion, &groups, io, [last, 1]);
 }
 
 /// A bit for each element of y that is greater than 0; `pack` of them to a byte.
@@ -113,7 +173,7 @@ fn store_mask<T: Real>(mask: &mut [u8], y: &[T], pack: usize) {
 }
 
 /// `r = (1 - momentum) r + momentum value`.
-fn update_running<T: Real>(running: &mut [T], values: &[f64], momentum: f64) {
+pub fn update_running<T: Real>(running: &mut [T], values: &[f64], momentum: f64) {
     for (r, v) in running.iter_mut().zip(values) {
         *r = T::of(r.to_f64() * (1.0 - momentum) + momentum * v);
     }
@@ -177,17 +237,17 @@ impl<T: Real> Masked<'_, T> {
             MaskData::None | MaskData::Pooled(_) => return d_y,
             MaskData::OfX(groups) => {
                 let k = &groups[row / self.group_rows];
-                let (x, g) = (&self.x[span], &mut g[..d_y.len()]);
-                for c in 0..d_y.len() {
-                    let open = k.normalised(c, x[c]) > T::ZERO;
-                    g[c] = if open { d_y[c] } else { T::ZERO };
-                }
+                let channels = g.iter_mut().zip(d_y).zip(&self.x[span]).zip(&k.mean).zip(&k.scale).zip(&k.beta);
+                channels.for_each(|(((((g, d_y), x), mean), scale), beta)| {
+                    let open = (*x - *mean) * *scale + *beta > T::ZERO;
+                    *g = d_y.when(open);
+                });
             }
             MaskData::Stored(bits, pack) => {
                 let bits = &bits[span.start / pack..span.end / pack];
                 for ((g, d_y), bits) in g.chunks_mut(*pack).zip(d_y.chunks(*pack)).zip(bits) {
                     for (k, (g, d_y)) in g.iter_mut().zip(d_y).enumerate() {
-                        *g = if bits >> k & 1 != 0 { *d_y } else { T::ZERO };
+                        *g = d_y.when(bits >> k & 1 != 0);
                     }
                 }
             }
@@ -241,13 +301,12 @@ fn gradients<T: Real>(op: &BatchNormBackward, io: &mut CpuIo<'_>, mask: MaskData
     let masked = Masked { channels, group_rows, d_y, x, mask };
 
     let sums = group_sums::<T>(io.workspace, (op.groups, group_rows, channels), |group, row, [first, second], g| {
-        let (mean, x) = (&mean[of_group(group)], &x[row * channels..][..channels]);
-        let g = &masked.row(row, g)[..channels];
-        let (first, second) = (&mut first[..channels], &mut second[..channels]);
-        for c in 0..channels {
-            first[c] += g[c];
-            second[c] += g[c] * (x[c] - mean[c]);
-        }
+        let (mean, x) = (&mean[of_group(group)], &x[row * channels..]);
+        let sums = first.iter_mut().zip(second).zip(masked.row(row, g)).zip(x).zip(mean);
+        sums.for_each(|((((first, second), g), x), mean)| {
+            *first += *g;
+            *second += *g * (*x - *mean);
+        });
     });
     if op.affine {
         write_affine_gradients::<T>(io, &sums, rstd, channels);

@@ -5,10 +5,11 @@
 use crate::backend::cuda::kernel::kernels;
 use crate::backend::cuda::{CudaIo, DevicePtr, Grid};
 use crate::error::Result;
+use crate::ops::group_sums;
 use crate::ops::row_tiles::{RowTiles, Rows};
 use crate::tensor::TensorDesc;
 
-use super::{BatchNorm, BatchNormBackward, BatchNormEval, Mask};
+use super::{BatchNorm, BatchNormBackward, BatchNormEval, Fusion, Mask};
 
 kernels! { "batch_norm";
     /// Partial sums of x - shift and its square.
@@ -28,6 +29,13 @@ kernels! { "batch_norm";
     fn batch_norm_apply[F32, Bf16, F16; 256](
         x: DevicePtr, residual: DevicePtr, mean: DevicePtr, scale: DevicePtr, beta: DevicePtr, relu: i32, y: DevicePtr,
         mask: DevicePtr, tiles: RowTiles,
+    );
+    /// scale = gamma rstd, of each channel and group
+    fn batch_norm_scale[; 256](rstd: DevicePtr, gamma: DevicePtr, scale: DevicePtr, groups: i32, channels: i32);
+    /// y = act((x - mean) scale + beta), and partial sums of its columns
+    fn batch_norm_apply_and_sum[F32, Bf16, F16; 256](
+        x: DevicePtr, mean: DevicePtr, scale: DevicePtr, beta: DevicePtr, relu: i32, y: DevicePtr, partials: DevicePtr,
+        tiles: RowTiles,
     );
     /// scale = gamma / sqrt(running_var + eps)
     fn batch_norm_eval_scale[; 256](variance: DevicePtr, gamma: DevicePtr, eps: f64, scale: DevicePtr, channels: i32);
@@ -69,7 +77,7 @@ pub(super) fn workspace_bytes(rows: &Rows, arrays: usize) -> usize {
     partials_bytes(rows) + arrays * rows.groups * rows.channels * size_of::<f32>()
 }
 
-/// Scratch of a forward pass whose sums are given: the scale of each channel and group.
+/// Scratch of a forward pass whose sums or statistics are given: the scale of each channel and group.
 pub(super) fn scale_bytes(x: &TensorDesc, groups: usize) -> usize {
     groups * x.shape.channels() * size_of::<f32>()
 }
@@ -157,6 +165,9 @@ fn finish_given(op: &BatchNorm, rows: &Rows, io: &CudaIo<'_>) -> Result<DevicePt
 pub(super) fn forward(op: &BatchNorm, io: &CudaIo<'_>) -> Result<()> {
     let rows = Rows::new(io.inputs[0].desc, op.groups);
     let Statistics { mean, scale, beta } = statistics(op, &rows, io)?;
+    if op.means {
+        return apply_with_means(op, &rows, &Statistics { mean, scale, beta }, io);
+    }
     let residual = if op.fusion.residual { io.inputs[op.fusion.residual_input()].ptr } else { DevicePtr::NULL };
     let mask = io.outputs.get(3).map_or(DevicePtr::NULL, |mask| mask.ptr);
     let tiles = rows.streaming();
@@ -164,6 +175,50 @@ pub(super) fn forward(op: &BatchNorm, io: &CudaIo<'_>) -> Result<()> {
     let call = batch_norm_apply(io.dtype(), x, residual, mean, scale, beta, relu, y, mask, tiles);
     // SAFETY: `infer` checked that the residual is like x and beta has its channels, and made y like x and the mask with a
     // byte for each pack.
+    unsafe { io.launch(rows.grid(tiles), call) }
+}
+
+/// The last kernel of a forward pass whose last output are the means of y.
+fn apply_with_means(op: &BatchNorm, rows: &Rows, by: &Statistics, io: &CudaIo<'_>) -> Result<()> {
+    let Statistics { mean, scale, beta } = *by;
+    // The partial sums of x are not needed any more; where there were none, there is room behind the scale.
+    let partials = if op.sums_given { scale.offset(scale_bytes(io.inputs[0].desc, op.groups)) } else { io.workspace };
+    let tiles = rows.summing();
+    let (x, y, relu) = (io.inputs[0].ptr, io.outputs[0].ptr, i32::from(op.fusion.relu));
+    let call = batch_norm_apply_and_sum(io.dtype(), x, mean, scale, beta, relu, y, partials, tiles);
+    // SAFETY: `infer` checked that beta has x's channels, and made y like x; `cuda_workspace` counted a sum for each channel of
+    // the tiles.
+    unsafe { io.launch(rows.grid(tiles), call)? };
+    let means = io.outputs[io.outputs.len() - 1].ptr;
+    // SAFETY: the launch before filled these sums, and `infer` made the means [groups, channels].
+    unsafe { group_sums::cuda::finish(io, rows, partials, 1.0 / rows.rows as f64, means) }
+}
+
+/// What [`statistics`] left, from mean and rstd as inputs 1 and 2, behind which are gamma and beta where it is affine.
+pub(super) fn known_statistics(affine: bool, groups: usize, io: &CudaIo<'_>) -> Result<Statistics> {
+    let [mean, rstd] = [1, 2].map(|i| io.inputs[i].ptr);
+    if !affine {
+        return Ok(Statistics { mean, scale: rstd, beta: DevicePtr::NULL });
+    }
+    let ([gamma, beta], scale) = ([3, 4].map(|i| io.inputs[i].ptr), io.workspace);
+    let channels = io.inputs[0].desc.shape.channels();
+    let call = batch_norm_scale(rstd, gamma, scale, groups as i32, channels as i32);
+    // SAFETY: `infer` checked that rstd is [groups, channels] and gamma [channels]; `cuda_workspace` counted the scales.
+    unsafe { io.launch(Grid::stride(groups * channels, 256), call)? };
+    Ok(Statistics { mean, scale, beta })
+}
+
+/// The forward pass from statistics that are known; see [`super::repeat`].
+pub(super) fn repeat(fusion: Fusion, groups: usize, io: &CudaIo<'_>) -> Result<()> {
+    let rows = Rows::new(io.inputs[0].desc, groups);
+    let Statistics { mean, scale, beta } = known_statistics(fusion.affine, groups, io)?;
+    let residual = if fusion.residual { io.inputs[io.inputs.len() - 1].ptr } else { DevicePtr::NULL };
+    let mask = io.outputs.get(1).map_or(DevicePtr::NULL, |mask| mask.ptr);
+    let tiles = rows.streaming();
+    let (x, y, relu) = (io.inputs[0].ptr, io.outputs[0].ptr, i32::from(fusion.relu));
+    let call = batch_norm_apply(io.dtype(), x, residual, mean, scale, beta, relu, y, mask, tiles);
+    // SAFETY: `infer` checked that the residual is like x, the statistics are those of its groups and beta has its channels,
+    // and made y like x and the mask with a byte for each pack.
     unsafe { io.launch(rows.grid(tiles), call) }
 }
 

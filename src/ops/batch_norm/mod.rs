@@ -4,14 +4,18 @@
 mod cpu;
 pub(super) mod cuda;
 pub mod pooled;
+mod repeat;
 pub(super) mod sums;
+
+pub(super) use cpu::update_running;
 
 use crate::backend::cpu::CpuIo;
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
-use crate::graph::{GradBuilder, Op};
+use crate::graph::{Again, GradBuilder, Op, Tensors, Traffic};
 use crate::ops::conv2d::gradient_dtype;
+use crate::ops::group_sums::cuda::partials_bytes;
 use crate::ops::row_tiles::Rows;
 use crate::tensor::{DType, TensorDesc};
 
@@ -73,7 +77,8 @@ fn pack(x: &TensorDesc) -> usize {
 /// outermost dimension is split into `groups` equal parts (the views), each normalised by its own mean and biased variance.
 /// With `sums_given` the last input is `[groups, 2, c]`: the sums of x and of x^2, which the convolution that made x has
 /// computed (see `Conv2d`). Without a shift they cancel in the variance where a mean is many times the spread.
-/// Outputs y (like x), mean `[groups, c]`, rstd `[groups, c]`; behind a residual and ReLU the mask y > 0 as well.
+/// Outputs y (like x), mean `[groups, c]`, rstd `[groups, c]`; behind a residual and ReLU the mask y > 0 as well; with `means`
+/// the means of y `[groups, c]`, over the rows of each group.
 /// Updates running_mean `[c]` and running_var `[c]` once per group in order (`r = (1 - momentum) r + momentum s`, with the
 /// unbiased variance), and num_batches_tracked by the number of groups: PyTorch's behaviour for one forward per view.
 #[derive(Debug, Clone, Copy)]
@@ -88,10 +93,8 @@ pub struct BatchNorm {
     pub fusion: Fusion,
     /// Whether the sums of x and of x^2 come as an input.
     pub sums_given: bool,
-}
-
-fn total_bytes(tensors: &[&TensorDesc]) -> u64 {
-    tensors.iter().map(|tensor| tensor.bytes() as u64).sum()
+    /// Whether the means of y are an output, which whoever goes on from them (`gram_norm`) needs no pass over y for.
+    pub means: bool,
 }
 
 /// Checks x and the optional tensors that start at `inputs[1]`; returns the channel count.
@@ -138,8 +141,13 @@ impl Op for BatchNorm {
                 sums => return Err(Error::shape("batch_norm", "sums", expected, sums.unwrap_or(&x))),
             }
         }
+        if self.means && self.fusion.residual {
+            return Err(Error::shape("batch_norm", "means of y", "none behind a residual", "a residual"));
+        }
+        let means = self.means.then(|| statistics.clone());
         let mut outputs = vec![x.clone(), statistics.clone(), statistics];
         outputs.extend((self.fusion.mask() == Mask::Stored).then(|| mask_desc(x)));
+        outputs.extend(means);
         Ok(outputs)
     }
 
@@ -166,10 +174,13 @@ impl Op for BatchNorm {
         g.emit(op, &inputs, &targets)
     }
 
+    fn again(&self) -> Again {
+        repeat::of_batch_norm(self)
+    }
+
     /// x is read again once its statistics are known, unless their sums were given.
-    fn bytes(&self, inputs: &[&TensorDesc], outputs: &[&TensorDesc]) -> u64 {
-        let again = if self.sums_given { 0 } else { inputs[0].bytes() as u64 };
-        total_bytes(inputs) + total_bytes(outputs) + again
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        if self.sums_given { tensors.once() } else { tensors.once().reading(tensors.inputs[0]) }
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
@@ -179,6 +190,7 @@ impl Op for BatchNorm {
 
     fn cuda_workspace(&self, inputs: &[&TensorDesc]) -> usize {
         match self.sums_given {
+            true if self.means => cuda::scale_bytes(inputs[0], self.groups) + partials_bytes(inputs[0], self.groups),
             true => cuda::scale_bytes(inputs[0], self.groups),
             false => cuda::workspace_bytes(&Rows::new(inputs[0], self.groups), 1),
         }
@@ -230,9 +242,16 @@ impl Op for BatchNormBackward {
         true
     }
 
-    /// d_y (or the residual's gradient in its stead) and x are read again once their sums are known.
-    fn bytes(&self, inputs: &[&TensorDesc], outputs: &[&TensorDesc]) -> u64 {
-        total_bytes(inputs) + total_bytes(outputs) + 2 * inputs[1].bytes() as u64
+    /// Once their sums are known x is read again, and d_y with its mask, or in their stead the residual's gradient if the first
+    /// pass has written it.
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        let [d_y, x] = [tensors.inputs[0], tensors.inputs[1]];
+        let traffic = tensors.once().reading(x).reading(d_y);
+        let masked = self.residual && !tensors.accumulates(tensors.outputs.len() - 1);
+        match tensors.inputs.last() {
+            Some(mask) if self.mask == Mask::Stored && !masked => traffic.reading(mask),
+            _ => traffic,
+        }
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {

@@ -8,7 +8,7 @@ use crate::backend::cpu::Real;
 /// Blocks per group: enough to balance any number of cores, few enough that combining them costs nothing.
 const BLOCKS: usize = 32;
 /// Rows summed in the tensor's precision before the sums move to float64: bounds the rounding error of float32 sums.
-const CHAIN: usize = 64;
+pub(in crate::ops) const CHAIN: usize = 64;
 
 /// Scratch for two float64 sums per channel, block and group.
 pub(in crate::ops) fn workspace_bytes(channels: usize, groups: usize) -> usize {
@@ -16,7 +16,7 @@ pub(in crate::ops) fn workspace_bytes(channels: usize, groups: usize) -> usize {
 }
 
 /// Rows of a block.
-pub(super) fn block_rows(group_rows: usize) -> usize {
+pub(in crate::ops) fn block_rows(group_rows: usize) -> usize {
     group_rows.div_ceil(BLOCKS).max(1)
 }
 

@@ -10,7 +10,7 @@ use crate::backend::cuda::CudaIo;
 use crate::backend::cuda::library::{Convolution, Direction, Fused, Work};
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
-use crate::graph::{GradBuilder, Op, ValueId};
+use crate::graph::{GradBuilder, Op, Tensors, Traffic, ValueId};
 use crate::ops::batch_norm::sums::{group_sums, workspace_bytes};
 use crate::tensor::{DType, TensorDesc};
 
@@ -126,6 +126,12 @@ impl Op for Conv2d {
     fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
         let g = self.geometry(io.inputs[0].desc, io.inputs[1].desc)?;
         Stem::of(&g, io.dtype()).ok_or_else(|| left_to_a_library(self.name()))?.forward(io)
+    }
+
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        let [x, w] = [tensors.inputs[0], tensors.inputs[1]];
+        let read = self.geometry(x, w).map_or(x.bytes(), |g| x_read(&g, x.dtype, self.statistics.is_none()));
+        Traffic { read: tensors.once().read - x.bytes() as u64 + read as u64, ..tensors.once() }
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
@@ -293,6 +299,14 @@ impl Op for Conv2dWgrad {
         Stem::of(&g, io.dtype()).ok_or_else(|| left_to_a_library(self.name()))?.weight_gradient(io)
     }
 
+    /// The sums of the stem's blocks are as large as a cache.
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        let x = tensors.inputs[0];
+        let read = self.geometry(x, tensors.inputs[1]).map_or(x.bytes(), |g| x_read(&g, x.dtype, true));
+        let traffic = Traffic { read: tensors.once().read - x.bytes() as u64 + read as u64, ..tensors.once() };
+        traffic.staging(self.cuda_workspace(&tensors.inputs))
+    }
+
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
         let g = self.geometry(io.inputs[0].desc, io.inputs[1].desc)?;
         dispatch_real!("conv2d_wgrad", io.inputs[0].desc.dtype, T => {
@@ -311,6 +325,13 @@ impl Op for Conv2dWgrad {
     fn flops(&self, inputs: &[&TensorDesc]) -> u64 {
         self.geometry(inputs[0], inputs[1]).map_or(0, |g| g.flops())
     }
+}
+
+/// Bytes of x that a convolution reads: the pixels that its windows cover, once; the stem's kernels for each of their tiles of
+/// channels, if they do it.
+fn x_read(g: &ConvGeometry, dtype: DType, stem: bool) -> usize {
+    let passes = if stem { Stem::of(g, dtype).map_or(1, |stem| stem.channel_tiles()) } else { 1 };
+    passes * g.x_covered() * dtype.size()
 }
 
 fn left_to_a_library(op: &str) -> Error {

@@ -94,8 +94,13 @@ impl Stem {
         self.tiles.div_ceil(TILES_OF_A_BLOCK).min(most)
     }
 
+    /// Tiles of output channels: each reads all of x.
+    pub fn channel_tiles(&self) -> usize {
+        self.c_out / TILE_CHANNELS
+    }
+
     fn grid(&self, blocks: usize) -> Grid {
-        Grid::new([blocks as u32, (self.c_out / TILE_CHANNELS) as u32, 1])
+        Grid::new([blocks as u32, self.channel_tiles() as u32, 1])
     }
 
     /// Launches y = conv(x, w).

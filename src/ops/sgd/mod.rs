@@ -7,8 +7,8 @@ use rayon::prelude::*;
 use crate::backend::cpu::{CpuIo, Input, Real};
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
-use crate::graph::Op;
 use crate::graph::op::dispatch_real;
+use crate::graph::{Op, Tensors, Traffic};
 use crate::ops::cast::narrow;
 use crate::tensor::{DType, TensorDesc};
 
@@ -126,6 +126,12 @@ impl Op for SgdUpdate {
             narrow(copy.get(), weights[parameter].get::<f32>(), to);
         }
         Ok(())
+    }
+
+    /// Copies are written, never read.
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        let copies: usize = tensors.updates[2 * self.lr.len()..].iter().map(|copy| copy.bytes()).sum();
+        Traffic { read: tensors.once().read - copies as u64, ..tensors.once() }
     }
 
     fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {

@@ -186,6 +186,14 @@ impl Work {
             _ => 0,
         }
     }
+
+    /// Of [`Work::staging`], what is written and read whichever library is chosen: cuBLASLt widens a weight gradient by itself.
+    pub fn converted(&self) -> usize {
+        match self {
+            Work::Convolution(convolution) if convolution.as_product().is_some() => 0,
+            _ => self.staging(),
+        }
+    }
 }
 
 /// Where the tensors of a piece of work lie.

@@ -9,7 +9,9 @@ use crate::error::{Error, Result};
 use crate::ops::row_tiles::{RowTiles, Rows};
 use crate::tensor::TensorDesc;
 
-use super::super::cuda::{Statistics, Sums, finish_backward, partials_bytes, statistics, workspace_bytes};
+use super::super::cuda::{
+    Statistics, Sums, finish_backward, known_statistics, partials_bytes, statistics, workspace_bytes,
+};
 use super::super::{BatchNorm, BatchNormBackward};
 use super::Windows;
 
@@ -61,12 +63,28 @@ impl StemPooling {
 pub(super) fn forward(op: &BatchNorm, windows: Windows, io: &CudaIo<'_>) -> Result<()> {
     let pooling = StemPooling::new(windows, io.inputs[0].desc, op.groups)?;
     let rows = Rows::new(io.inputs[0].desc, op.groups);
-    let Statistics { mean, scale, beta } = statistics(op, &rows, io)?;
-    let (y, taken) = (&io.outputs[0], io.outputs[3].ptr);
+    let statistics = statistics(op, &rows, io)?;
+    // SAFETY: `infer` made y and `taken`, outputs 0 and 3, and the statistics are [groups, channels].
+    unsafe { apply(pooling, statistics, [0, 3], io) }
+}
+
+/// Writes y and what was taken, the outputs of these numbers, from x, the first input.
+///
+/// # Safety
+/// They are of the same images and channels as x with oh x ow positions, and the statistics are those of its groups.
+unsafe fn apply(pooling: StemPooling, by: Statistics, [y, taken]: [usize; 2], io: &CudaIo<'_>) -> Result<()> {
+    let (y, taken, Statistics { mean, scale, beta }) = (&io.outputs[y], io.outputs[taken].ptr, by);
     let call = batch_norm_max_pool(io.dtype(), io.inputs[0].ptr, mean, scale, beta, y.ptr, taken, pooling);
-    // SAFETY: the sizes are those of x, `infer` made y and `taken` of the same images and channels with oh x ow positions, and
-    // the statistics are [groups, channels].
+    // SAFETY: the sizes are those of x; the rest is the caller's promise.
     unsafe { io.launch(Grid::packs(y.desc.shape.len().div_ceil(2), io.dtype()), call) }
+}
+
+/// The same from statistics that are known: inputs x, mean, rstd, gamma and beta; outputs y and what was taken.
+pub(in super::super) fn repeat(windows: Windows, groups: usize, io: &CudaIo<'_>) -> Result<()> {
+    let pooling = StemPooling::new(windows, io.inputs[0].desc, groups)?;
+    let statistics = known_statistics(true, groups, io)?;
+    // SAFETY: `infer` made y and `taken`, outputs 0 and 1, and checked that the statistics are [groups, channels].
+    unsafe { apply(pooling, statistics, [0, 1], io) }
 }
 
 /// Quads of pixels, two by two, as rows of channels: what a thread of the gradient's kernels takes at once.

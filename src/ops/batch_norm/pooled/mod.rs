@@ -9,11 +9,11 @@ use crate::backend::cpu::{CpuIo, Real};
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
-use crate::graph::{GradBuilder, Op};
+use crate::graph::{Again, GradBuilder, Op, Tensors, Traffic};
 use crate::tensor::{DType, TensorDesc};
 
 use super::cpu::Coefficients;
-use super::{BatchNorm, BatchNormBackward, Fusion, Mask, cpu, total_bytes};
+use super::{BatchNorm, BatchNormBackward, Fusion, Mask, cpu, repeat};
 
 /// Windows of 3x3 with stride 2 and padding 1.
 const SIZE: usize = 3;
@@ -37,7 +37,7 @@ impl BatchNormMaxPool {
     /// With the constants of a batch norm, and whether the sums come as an input: see [`BatchNorm`].
     pub fn new(groups: usize, eps: f64, momentum: f64, sums_given: bool) -> BatchNormMaxPool {
         let fusion = Fusion { affine: true, residual: false, relu: true };
-        BatchNormMaxPool { norm: BatchNorm { groups, eps, momentum, fusion, sums_given } }
+        BatchNormMaxPool { norm: BatchNorm { groups, eps, momentum, fusion, sums_given, means: false } }
     }
 }
 
@@ -100,9 +100,13 @@ impl Op for BatchNormMaxPool {
         g.emit(op, &inputs, &[Some(0), Some(1), Some(2)])
     }
 
+    fn again(&self) -> Again {
+        repeat::of_pooled(self.norm.groups)
+    }
+
     /// x is read again once its statistics are known, unless their sums were given.
-    fn bytes(&self, inputs: &[&TensorDesc], outputs: &[&TensorDesc]) -> u64 {
-        self.norm.bytes(inputs, outputs)
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        self.norm.traffic(tensors)
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
@@ -125,7 +129,7 @@ impl Op for BatchNormMaxPool {
     }
 }
 
-fn forward<T: Real>(windows: Windows, groups: &[Coefficients<T>], x: &[T], y: &mut [T], taken: &mut [u8]) {
+pub(super) fn forward<T: Real>(windows: Windows, groups: &[Coefficients<T>], x: &[T], y: &mut [T], taken: &mut [u8]) {
     let Windows { h, w, c } = windows;
     let (row, image) = (windows.ow() * c, h * w * c);
     let group_images = x.len() / image / groups.len();
@@ -186,8 +190,8 @@ impl Op for BatchNormMaxPoolBackward {
     }
 
     /// d_y, x and what was taken are read again once their sums are known.
-    fn bytes(&self, inputs: &[&TensorDesc], outputs: &[&TensorDesc]) -> u64 {
-        total_bytes(inputs) + total_bytes(outputs) + total_bytes(&[inputs[0], inputs[1], inputs[5]])
+    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
+        [0, 1, 5].into_iter().fold(tensors.once(), |traffic, i| traffic.reading(tensors.inputs[i]))
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
