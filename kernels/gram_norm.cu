@@ -126,15 +126,16 @@ __device__ __forceinline__ void fold(const float* __restrict__ w, const float* _
 // R' of channel k at column j: the sum of the parts of R, less what the mean gives.
 __device__ __forceinline__ double centred_product(const float* __restrict__ r, int64_t part, int splits, double of_mean) {
     double sum = 0.0;
+#pragma unroll 4
     for (int split = 0; split < splits; ++split) sum += double(r[split * part]);
     return sum - of_mean;
 }
 
 // d_w, d_gamma and d_beta over all groups; per group Q = -(gamma rstd^2 d_gamma / rows) w. Grid: c_out / FOLD_WARPS
-// blocks.
+// blocks. `per_row` is 1 / rows: a division would cost a call, and the registers around it.
 KERNEL(FOLD_THREADS)
 gram_fold_backward(const float* r, int32_t splits, const float* s, const float* mean, const float* t, const float* w,
-                   const float* gamma, const float* rstd, int32_t groups, int32_t c_out, int32_t c_in, double rows, int32_t centred, float* d_w,
+                   const float* gamma, const float* rstd, int32_t groups, int32_t c_out, int32_t c_in, double per_row, int32_t centred, float* d_w,
                    int32_t accumulate_w, float* d_gamma, int32_t accumulate_gamma, float* d_beta, int32_t accumulate_beta,
                    float* q) {
     const int lane = int(threadIdx.x) % WARP, k = int(blockIdx.x) * FOLD_WARPS + int(threadIdx.x) / WARP;
@@ -146,14 +147,16 @@ gram_fold_backward(const float* r, int32_t splits, const float* s, const float* 
         const float* const of_group = r + group * splits * part + first;
         const float* const of_mean = mean + int64_t{group} * c_in;
         const double sum = double(s[place]), inverse = double(rstd[place]), scale = double(gamma[k]) * inverse;
-        const auto of_mean_at = [&](int j) { return centred ? 0.0 : sum * double(of_mean[j]); };
+        const double shift = centred ? 0.0 : sum;
         double product = 0.0;
+#pragma unroll 1
         for (int j = lane; j < c_in; j += WARP)
-            product += centred_product(of_group + j, part, splits, of_mean_at(j)) * double(w[first + j]);
+            product += centred_product(of_group + j, part, splits, shift * double(of_mean[j])) * double(w[first + j]);
         const double d = inverse * warp_sum(product);
-        const double factor = -(scale / rows) * inverse * d;
+        const double factor = -scale * per_row * inverse * d;
+#pragma unroll 1
         for (int j = lane; j < c_in; j += WARP) {
-            const double of_column = centred_product(of_group + j, part, splits, of_mean_at(j));
+            const double of_column = centred_product(of_group + j, part, splits, shift * double(of_mean[j]));
             const double value = scale * (of_column - inverse * d * double(t[place * c_in + j]));
             float* const to = d_w + first + j;
             *to = group > 0 || accumulate_w ? float(double(*to) + value) : float(value);
@@ -172,7 +175,7 @@ EXPORT(gram_fold_backward)
 constexpr int SHIFT_THREADS = 256;
 template <class T>
 __device__ __forceinline__ void shift(const float* __restrict__ m, const float* __restrict__ s, const T* __restrict__ f,
-                                      const float* __restrict__ mean, int c_out, int c_in, double rows, bool centred,
+                                      const float* __restrict__ mean, int c_out, int c_in, double per_row, bool centred,
                                       T* __restrict__ rounded, float* __restrict__ bias) {
     constexpr int WARPS = SHIFT_THREADS / WARP;
     __shared__ double scratch[WARPS][WARP];
@@ -182,7 +185,7 @@ __device__ __forceinline__ void shift(const float* __restrict__ m, const float* 
     if (i < c_in) {
         for (int k = warp; k < c_out; k += WARPS) {
             const int64_t channel = group * c_out + k;
-            sum -= double(s[channel]) / rows * double(to_float(f[channel * c_in + i]));
+            sum -= double(s[channel]) * per_row * double(to_float(f[channel * c_in + i]));
         }
         for (int j = warp; j < c_in; j += WARPS) {
             const int64_t row = group * c_in + j;
@@ -219,9 +222,9 @@ __device__ __forceinline__ void shift(const float* __restrict__ m, const float* 
     }                                                                                                                       \
     EXPORT(gram_fold_##S)                                                                                                   \
     KERNEL(SHIFT_THREADS)                                                                                                   \
-    gram_shift_##S(const float* m, const float* s, const T* f, const float* mean, int32_t c_out, int32_t c_in, double rows, \
-                   int32_t centred, T* rounded, float* bias) {                                                              \
-        shift(m, s, f, mean, c_out, c_in, rows, centred != 0, rounded, bias);                                               \
+    gram_shift_##S(const float* m, const float* s, const T* f, const float* mean, int32_t c_out, int32_t c_in,              \
+                   double per_row, int32_t centred, T* rounded, float* bias) {                                              \
+        shift(m, s, f, mean, c_out, c_in, per_row, centred != 0, rounded, bias);                                            \
     }                                                                                                                       \
     EXPORT(gram_shift_##S)
 FOR_EACH_TYPE(INSTANTIATE)

@@ -219,9 +219,9 @@ fn at_scale(device: &Device, route: Route, dtype: DType) -> Named {
     named.into_iter().map(|(name, value)| (name, exec.read(value).unwrap().to_f64())).collect()
 }
 
-/// Checks that no channel of the gram route is further from float64 than the usual route is, but for the rounding of a result:
+/// Checks that no channel of the gram route is further from float64 than the usual route is, but for a relative `rounding`:
 /// of a channel's variance, and of a sum of as many products as the largest gradient is.
-fn no_worse(device: &Device, dtype: DType) {
+fn no_worse(device: &Device, dtype: DType, rounding: f64) {
     let exact = at_scale(&cpu(), Route::Standard, DType::F64);
     let [standard, gram] = [Route::Standard, Route::Gram].map(|route| at_scale(device, route, dtype));
     let largest = |values: &[f64]| values.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
@@ -236,7 +236,7 @@ fn no_worse(device: &Device, dtype: DType) {
             let (of_gram, of_standard) = (off(gram), off(standard));
             println!("{dtype} {name} of channel {channel}: off by {of_gram:.1e}, the usual route by {of_standard:.1e}");
             assert!(
-                of_gram <= of_standard + 1e-6 * size + 1e-9,
+                of_gram <= of_standard + rounding * size + 1e-9,
                 "{name} of channel {channel} in {dtype}, of {size:.1e}"
             );
         }
@@ -246,11 +246,12 @@ fn no_worse(device: &Device, dtype: DType) {
 
 #[test]
 fn a_layer_is_as_precise_as_the_usual_route_over_millions_of_rows() {
-    no_worse(&cpu(), DType::F32);
+    no_worse(&cpu(), DType::F32, 1e-6);
 }
 
 #[cfg(feature = "emulator")]
 #[test]
 fn a_layer_is_as_precise_as_the_usual_route_in_16_bits_too() {
-    no_worse(&emulated(1), DType::Bf16);
+    // Means are taken off float32 sums: a constant channel's d_gamma, which is 0, keeps a millionth or so of what was summed.
+    no_worse(&emulated(1), DType::Bf16, 1e-5);
 }

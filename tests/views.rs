@@ -188,7 +188,7 @@ fn rows_arrive(device: &Device, dtype: DType) {
         let all = tape.leaf("all", TensorDesc::new([n + m, columns], dtype), Role::Input, true);
         let a = record_rows(&mut tape, SliceRows { start: 0, len: n }, all).unwrap();
         let b = record_rows(&mut tape, SliceRows { start: n, len: m }, all).unwrap();
-        let aligned = n * columns * dtype.size() % 256 == 0;
+        let aligned = (n * columns * dtype.size()).is_multiple_of(256);
         assert_eq!(tape.value(b).alias_of.is_some(), aligned, "{columns}");
         let swapped = tape.record_one(StackRows, &[b, a]).unwrap();
         let d = tape.leaf("d", TensorDesc::new([n + m, columns], dtype), Role::Input, false);

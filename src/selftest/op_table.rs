@@ -84,7 +84,10 @@ impl Case {
     fn is_master(&self, tensor: &str) -> bool {
         let has_bias = matches!(self.op, OpCase::Linear { .. } | OpCase::AddBias);
         let has_weight = matches!(self.op, OpCase::ConvNorm { .. });
-        MASTER.contains(&tensor) || (has_bias && tensor == "b") || (has_weight && tensor == "w")
+        // What is added to a product is like its result.
+        let widened = matches!(self.op, OpCase::Matmul(MatmulCase { widened: true, .. }));
+        let others = [("b", has_bias), ("w", has_weight), ("addend", widened)];
+        MASTER.contains(&tensor) || others.contains(&(tensor, true))
     }
 }
 

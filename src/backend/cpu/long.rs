@@ -63,7 +63,7 @@ pub fn multiply_long<T: Real>(
     let (m, n) = (a.cols, b.cols);
     assert!(a.rows == b.rows && c.len() == m * n, "multiply_long: dimensions do not fit");
     let tasks = Tasks::new([m, n, a.rows]);
-    let add = epilogue.begin(&mut Block::whole(Mat::row_major(c, m, n)), 0, 0, n);
+    let add = epilogue.accumulate;
     let product = Product { a, b, tasks, symmetric: !add && is_gram(a, b) };
     if tasks.splits == 1 {
         product.partials(c, add);
@@ -75,7 +75,7 @@ pub fn multiply_long<T: Real>(
     if product.symmetric {
         mirror(c, n);
     }
-    epilogue.end(&mut Block::whole(Mat::row_major(c, m, n)));
+    epilogue.complete(&mut Block::whole(Mat::row_major(c, m, n)), 0, 0, n);
 }
 
 /// Whether both are the same matrix.

@@ -10,50 +10,49 @@ use super::scratch::with_scratch;
 pub struct Epilogue<'a, T> {
     /// A value for each column.
     pub bias: Option<&'a [T]>,
-    /// Row-major and as large as c, which it takes the place of; not with `accumulate`.
+    /// Row-major and as large as c; not with `accumulate`.
     pub addend: Option<&'a [T]>,
     /// What is below zero becomes zero; not with `accumulate`.
     pub relu: bool,
-    /// Whether c has values already.
+    /// Whether the product is added to what c holds.
     pub accumulate: bool,
 }
 
 impl<T: Real> Epilogue<'_, T> {
-    /// Writes to a block of c what the product is added to; `row` and `column` are those of its first element in a c of
-    /// `width` columns. Returns whether there is anything.
-    pub(super) fn begin(&self, to: &mut Block<'_, T>, row: usize, column: usize, width: usize) -> bool {
+    /// Completes a block of c, which has `width` columns; `row` and `column` are those of the block's first element.
+    pub(super) fn complete(&self, to: &mut Block<'_, T>, row: usize, column: usize, width: usize) {
         let bias = self.bias.map(|bias| &bias[column..][..to.cols()]);
         for i in 0..to.rows() {
             let to = to.row_mut(i);
             let addend = self.addend.map(|addend| &addend[(row + i) * width + column..][..to.len()]);
             match (bias, addend) {
                 (Some(bias), Some(addend)) => {
-                    to.iter_mut().zip(bias.iter().zip(addend)).for_each(|(to, (bias, addend))| *to = *bias + *addend);
+                    let added = bias.iter().zip(addend).map(|(bias, addend)| *bias + *addend);
+                    complete_row(to, added, self.relu);
                 }
-                (Some(bias), None) if self.accumulate => to.iter_mut().zip(bias).for_each(|(to, bias)| *to += *bias),
-                (Some(values), None) | (None, Some(values)) => to.copy_from_slice(values),
+                (Some(added), None) | (None, Some(added)) => complete_row(to, added.iter().copied(), self.relu),
+                (None, None) if self.relu => to.iter_mut().for_each(|to| *to = positive(*to)),
                 (None, None) => {}
-            }
-        }
-        self.accumulate || bias.is_some() || self.addend.is_some()
-    }
-
-    /// Completes a block to which the product was added.
-    pub(super) fn end(&self, to: &mut Block<'_, T>) {
-        if self.relu {
-            for i in 0..to.rows() {
-                to.row_mut(i).iter_mut().for_each(|to| *to = if *to > T::ZERO { *to } else { T::ZERO });
             }
         }
     }
 }
 
-/// Rows of a task: enough to pay for streaming b, few enough that they stay in the L2 cache with what they become.
-const TASK_ROWS: usize = 140;
-/// Most columns of a task.
-const TASK_COLUMNS: usize = 1024;
-/// Columns that are begun, multiplied and completed before the next ones are.
-const COLUMNS: usize = 128;
+#[inline]
+fn complete_row<T: Real>(to: &mut [T], added: impl Iterator<Item = T>, relu: bool) {
+    match relu {
+        true => to.iter_mut().zip(added).for_each(|(to, added)| *to = positive(*to + added)),
+        false => to.iter_mut().zip(added).for_each(|(to, added)| *to += added),
+    }
+}
+
+fn positive<T: Real>(x: T) -> T {
+    if x > T::ZERO { x } else { T::ZERO }
+}
+
+/// Most rows and columns of a task: enough rows to pay for streaming b, few enough that the block stays in the L2 cache until
+/// it is complete. Rows are kept as long as they may be: memory is read and written fastest in long pieces.
+const TASK: [usize; 2] = [56, 1024];
 
 /// The product of `a` (rows x k) and `b` (k x n), and its epilogue; c is row-major. Tasks follow from the sizes alone.
 ///
@@ -67,22 +66,15 @@ pub fn multiply_rows<T: Real>(c: &mut [T], a: Mat<&[T]>, b: Mat<&[T]>, epilogue:
     with_scratch(Panels::<T>::size(inner, width), |memory| {
         let panels = Panels::pack(b, memory);
         par_blocks(Mat::row_major(c, rows, width), task_block(rows, width), |mut to, row, column| {
-            let (rows, columns) = (to.rows(), to.cols());
+            let (rows, of_b) = (to.rows(), panels.columns(column..column + to.cols()));
             with_scratch(if in_place { 0 } else { rows * chain }, |tile| {
                 for k in parts(0..inner, chain) {
                     let left = a.sub(row, k.start, rows, k.len());
                     let left = if in_place { left } else { pack_left(left, tile) };
-                    for part in parts(0..columns, COLUMNS) {
-                        let of_b = panels.columns(column + part.start..column + part.end);
-                        let mut to = to.part(0..rows, part.clone());
-                        let add = k.start > 0 || epilogue.begin(&mut to, row, column + part.start, width);
-                        to.multiply(left, of_b, k.clone(), add);
-                        if k.end == inner {
-                            epilogue.end(&mut to);
-                        }
-                    }
+                    to.multiply(left, of_b, k.clone(), epilogue.accumulate || k.start > 0);
                 }
             });
+            epilogue.complete(&mut to, row, column, width);
         });
     });
 }
@@ -90,8 +82,8 @@ pub fn multiply_rows<T: Real>(c: &mut [T], a: Mat<&[T]>, b: Mat<&[T]>, epilogue:
 /// Rows and columns of a task; fewer columns where there would be too few tasks to share out.
 fn task_block(rows: usize, columns: usize) -> [usize; 2] {
     const ENOUGH_TASKS: usize = 16;
-    let band = even_part(rows, rows.div_ceil(2 * ENOUGH_TASKS).clamp(TASK_ROWS / 2, TASK_ROWS));
-    let mut block = [band, columns.clamp(1, TASK_COLUMNS)];
+    let band = even_part(rows, rows.div_ceil(2 * ENOUGH_TASKS).clamp(TASK[0] / 2, TASK[0]));
+    let mut block = [band, columns.clamp(1, TASK[1])];
     while rows.div_ceil(band) * columns.div_ceil(block[1]) < ENOUGH_TASKS && block[1] >= 256 {
         block[1] = block[1].div_ceil(2).next_multiple_of(WIDEST_PANEL);
     }

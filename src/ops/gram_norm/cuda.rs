@@ -32,12 +32,12 @@ kernels! { "gram_norm";
     /// d_w, d_gamma, d_beta, and what d_z takes.
     fn gram_fold_backward[; 128](
         r: DevicePtr, splits: i32, s: DevicePtr, mean: DevicePtr, t: DevicePtr, w: DevicePtr, gamma: DevicePtr,
-        rstd: DevicePtr, groups: i32, c_out: i32, c_in: i32, rows: f64, centred: i32, d_w: DevicePtr, accumulate_w: i32,
+        rstd: DevicePtr, groups: i32, c_out: i32, c_in: i32, per_row: f64, centred: i32, d_w: DevicePtr, accumulate_w: i32,
         d_gamma: DevicePtr, accumulate_gamma: i32, d_beta: DevicePtr, accumulate_beta: i32, q: DevicePtr,
     );
     /// m rounded, and -(s / rows) f - mean m.
     fn gram_shift[F32, Bf16, F16; 256](
-        m: DevicePtr, s: DevicePtr, f: DevicePtr, mean: DevicePtr, c_out: i32, c_in: i32, rows: f64, centred: i32,
+        m: DevicePtr, s: DevicePtr, f: DevicePtr, mean: DevicePtr, c_out: i32, c_in: i32, per_row: f64, centred: i32,
         rounded: DevicePtr, bias: DevicePtr,
     );
 }
@@ -127,7 +127,7 @@ pub(super) fn fold_backward(io: &CudaIo<'_>, op: &FoldBackward) -> Result<()> {
         groups,
         outputs,
         inputs,
-        op.rows as f64,
+        1.0 / op.rows as f64,
         i32::from(op.centred),
         d_w,
         accumulate_w,
@@ -145,10 +145,10 @@ pub(super) fn fold_backward(io: &CudaIo<'_>, op: &FoldBackward) -> Result<()> {
 pub(super) fn shift(io: &CudaIo<'_>, op: &Shift) -> Result<()> {
     let (c_out, c_in) = (io.inputs[1].desc.shape.channels(), io.inputs[3].desc.shape.channels());
     let [m, s, f, mean] = [0, 1, 2, 3].map(|i| io.inputs[i].ptr);
-    let ((rounded, bias), rows) = ((io.outputs[0].ptr, io.outputs[1].ptr), op.rows as f64);
+    let ((rounded, bias), per_row) = ((io.outputs[0].ptr, io.outputs[1].ptr), 1.0 / op.rows as f64);
     let ([c_out, c_in], centred) = ([c_out as i32, c_in as i32], i32::from(op.centred));
     let tiles = (c_in as u32).div_ceil(32);
-    let call = gram_shift(io.inputs[2].desc.dtype, m, s, f, mean, c_out, c_in, rows, centred, rounded, bias);
+    let call = gram_shift(io.inputs[2].desc.dtype, m, s, f, mean, c_out, c_in, per_row, centred, rounded, bias);
     let grid = Grid::new([tiles, op.groups as u32, 1]);
     // SAFETY: `infer` checked m, s, F and the mean against c_out, c_in and the groups, and made the outputs like m and the mean.
     unsafe { io.launch(grid, call) }
