@@ -17,8 +17,6 @@ use simsiam_engine::nn::resnet::{Arch, Block, ResNet, Stem};
 use simsiam_engine::nn::views::Views;
 use simsiam_engine::tensor::DType;
 
-const STEPS: usize = 3;
-
 fn settings(dtype: DType) -> Vec<Setting> {
     let bottleneck = Setting::new(model(Block::Bottleneck, Stem::Imagenet), [5, 13], dtype);
     let mut basic = Setting::new(model(Block::Basic, Stem::Cifar), [8, 16], dtype);
@@ -48,30 +46,31 @@ fn positions(tape: &Tape, keep: impl Fn(&Node) -> bool) -> impl Iterator<Item = 
     tape.nodes().iter().enumerate().filter(move |(_, node)| keep(node)).map(|(index, _)| index)
 }
 
-fn no_bit_changes(device: &Device, dtype: DType) {
-    for setting in settings(dtype) {
+fn no_bit_changes(device: &Device, settings: &[Setting], steps: usize) {
+    for setting in settings {
         for views in [Views::Together, Views::Sequential] {
-            let expected = setting.train(device, views, STEPS, |tape| tape);
+            let expected = setting.train(device, views, steps, |tape| tape);
             let same = |got: Trained, what: &str| {
                 let different = got.differences(&expected);
                 assert!(different.is_empty(), "{what}, {views} {setting:?}: {different:?}");
             };
-            same(setting.train(device, views, STEPS, least(device.target())), "least memory");
-            same(setting.train(device, views, STEPS, all), "all again");
+            same(setting.train(device, views, steps, least(device.target())), "least memory");
+            same(setting.train(device, views, steps, all), "all again");
         }
     }
 }
 
 #[test]
 fn no_bit_changes_on_the_cpu() {
-    no_bit_changes(&Device::Cpu(Tier::Direct), DType::F32);
+    no_bit_changes(&Device::Cpu(Tier::Direct), &settings(DType::F32), 3);
 }
 
 #[cfg(feature = "emulator")]
 #[test]
 fn no_bit_changes_on_an_emulated_device() {
-    no_bit_changes(&memory::emulated(3), DType::Bf16);
-    no_bit_changes(&memory::emulated(4), DType::F16);
+    let [first, last] = [DType::Bf16, DType::F16].map(settings);
+    no_bit_changes(&memory::emulated(3), &first[..1], 2);
+    no_bit_changes(&memory::emulated(4), &last[2..], 2);
 }
 
 /// The premise of the tests above: they would see it if a repetition computed something else.
@@ -121,7 +120,7 @@ fn a_budget_is_kept_with_no_more_traffic_than_a_larger_one_takes_less() {
         let floor = trade(MemoryBudget::Least);
         let without = Plan::new(&tape, Target::Cuda).unwrap().memory.total;
         assert_eq!(floor.bytes_without, without);
-        assert!(floor.bytes_with * 4 < without * 3, "{floor:?}");
+        assert!(floor.bytes_with * 5 < without * 4, "{floor:?}");
         assert_eq!(floor.extra_flops, 0, "no product is computed again");
         let mut before = Trade { extra_traffic: u64::MAX, ..floor };
         for tenth in 0..=10 {

@@ -126,22 +126,14 @@ fn descs<'t>(tape: &'t Tape, values: &[ValueId]) -> Vec<&'t TensorDesc> {
 /// # Errors
 /// [`Error::Config`] when the budget is below the least that this can do.
 pub fn fit(tape: &Tape, target: Target, budget: MemoryBudget) -> Result<(Tape, Trade)> {
-    let limit = match budget {
-        MemoryBudget::Bytes(bytes) => usize::try_from(bytes).unwrap_or(usize::MAX),
-        MemoryBudget::Least => 0,
-    };
     let search = Search { tape, target, candidates: candidates(tape) };
-    let (mut chosen, reached) = search.descend(limit)?;
-    if budget == MemoryBudget::Least || reached <= limit {
-        chosen = search.pruned(chosen, reached.max(limit))?;
-        let fitted = search.with(&chosen)?;
-        let trade = Trade::between([tape, &fitted], target)?;
-        return Ok((fitted, trade));
-    }
-    let [least, asked] = [reached, limit].map(|bytes| format!("{:.1} MB", bytes as f64 / 1e6));
-    let what =
-        format!("expected at least {least}, which the step takes when all is recomputed that helps, got {asked}");
-    Err(Error::config("--memory-budget", what).with_hint("use --views sequential, --bn gram, or a smaller --batch"))
+    let chosen = match budget {
+        MemoryBudget::Bytes(bytes) => search.within(usize::try_from(bytes).unwrap_or(usize::MAX))?,
+        MemoryBudget::Least => search.least()?.0,
+    };
+    let fitted = search.with(&chosen)?;
+    let trade = Trade::between([tape, &fitted], target)?;
+    Ok((fitted, trade))
 }
 
 /// A node whose outputs may be dropped.
@@ -229,6 +221,31 @@ impl Search<'_> {
         let mut tape = self.tape.clone();
         recompute(&mut tape, &chosen.iter().flat_map(|&c| &self.candidates[c].nodes).copied().collect())?;
         Ok(tape)
+    }
+
+    /// A choice whose plan takes no more than `limit`.
+    fn within(&self, limit: usize) -> Result<Chosen> {
+        let (chosen, reached) = self.descend(limit)?;
+        if reached <= limit {
+            return self.pruned(chosen, limit);
+        }
+        // What was enough at the time has led past it.
+        let (chosen, least) = self.least()?;
+        if least <= limit {
+            return self.pruned(chosen, limit);
+        }
+        let [least, asked] = [least, limit].map(|bytes| format!("{:.1} MB", bytes as f64 / 1e6));
+        let what = format!("expected at least {least}, with which all is computed again that helps, got {asked}");
+        let hint = "use --views sequential, --bn gram, or a smaller --batch";
+        Err(Error::config("--memory-budget", what).with_hint(hint))
+    }
+
+    /// The choice that takes the least, and what it takes.
+    fn least(&self) -> Result<(Chosen, usize)> {
+        let (chosen, reached) = self.descend(0)?;
+        let chosen = self.pruned(chosen, reached)?;
+        let total = Plan::new(&self.with(&chosen)?, self.target)?.memory.total;
+        Ok((chosen, total))
     }
 
     /// Chooses until the plan takes no more than `limit`, or nothing helps any more; returns the choice and what it takes.
