@@ -4,12 +4,19 @@
 use simsiam_engine::backend::cpu::Tier;
 use simsiam_engine::exec::Device;
 use simsiam_engine::graph::{Role, Tape, ValueId, backward};
+use simsiam_engine::nn::epilogues::{Epilogues, Layers};
+use simsiam_engine::nn::heads::{HeadNorm, Heads, OutBias, PredictorKind};
+use simsiam_engine::nn::resnet::{Block, ResNet, Stem};
+use simsiam_engine::nn::simsiam::{SimSiam, StepShape, TrainGraph, ViewSource};
+use simsiam_engine::nn::views::Views;
 use simsiam_engine::ops::batch_norm::{BatchNorm, Fusion, channel_desc};
 use simsiam_engine::ops::conv2d::{Conv2d, gradient_dtype};
 use simsiam_engine::ops::gram_norm::{self, Layer, Operands};
+use simsiam_engine::ops::similarity::Kind;
 use simsiam_engine::ops::subsample::Subsample;
 use simsiam_engine::rng::Stream;
 use simsiam_engine::tensor::{DType, TensorDesc};
+use simsiam_engine::train::state::write_initial;
 
 fn cpu() -> Device {
     Device::Cpu(Tier::Direct)
@@ -254,4 +261,87 @@ fn a_layer_is_as_precise_as_the_usual_route_over_millions_of_rows() {
 fn a_layer_is_as_precise_as_the_usual_route_in_16_bits_too() {
     // Means are taken off float32 sums: a constant channel's d_gamma, which is 0, keeps a millionth or so of what was summed.
     no_worse(&emulated(1), DType::Bf16, 1e-5);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Whole steps.
+
+fn model() -> SimSiam {
+    let backbone = ResNet { block: Block::Bottleneck, depths: vec![2, 1], width: 8, stem: Stem::Cifar };
+    let heads = Heads {
+        dim: 12,
+        projector_hidden: 12,
+        predictor_hidden: 6,
+        projector_layers: 2,
+        projector_out_affine: false,
+        projector_out_bias: OutBias::None,
+        norm: HeadNorm::Default,
+        predictor: PredictorKind::Mlp,
+    };
+    SimSiam { backbone, heads, similarity: Kind::Cosine, stop_gradient: true, symmetric: true }
+}
+
+/// Loss, gradients and state after a step on noise, by name. The last gamma of a block starts at `gamma`.
+fn step(device: &Device, dtype: DType, gram: Layers, views: Views, seed: u64, gamma: f64) -> Vec<(String, Vec<f64>)> {
+    let epilogues = Epilogues { gram, ..Epilogues::default() };
+    let plain = StepShape::new(6, 12, dtype, ViewSource::Given { padded: false });
+    let shape = StepShape { keep_gradients: true, epilogues, views, ..plain };
+    let TrainGraph { tape, views, params, gradients, loss, .. } = model().record_step(&shape).unwrap();
+    let mut exec = device.poisoned_executor(tape).unwrap();
+    write_initial(&mut *exec, &params, seed).unwrap();
+    for param in params.iter().filter(|param| param.name.ends_with(".bn3.weight")) {
+        exec.write(param.value, &param.desc.dtype.encode(&vec![gamma; param.desc.shape.len()])).unwrap();
+    }
+    let desc = exec.tape().desc(views).clone();
+    let mut stream = Stream::new(seed, 3, 5);
+    let noise: Vec<f64> = (0..desc.shape.len()).map(|_| rounded(stream.normal())).collect();
+    exec.write(views, &desc.dtype.encode(&noise)).unwrap();
+    exec.run_step().unwrap();
+    assert_eq!(exec.overrun().unwrap(), None);
+    let state =
+        params.iter().filter(|param| param.name.contains("running")).map(|param| (param.name.clone(), param.value));
+    let named = gradients.into_iter().chain(state).chain([("loss".to_string(), loss)]);
+    named.map(|(name, value)| (name, exec.read(value).unwrap().to_f64())).collect()
+}
+
+#[test]
+fn a_step_is_the_same_with_gram_in_every_combination() {
+    for gamma in [0.0, 0.8] {
+        let expected = step(&cpu(), DType::F64, Layers::NONE, Views::Together, 5, gamma);
+        let some: Layers = "encoder.layer1.1,encoder.layer2.0.downsample".parse().unwrap();
+        for (layers, views) in
+            [(Layers::All, Views::Together), (some, Views::Together), (Layers::All, Views::Sequential)]
+        {
+            let got = step(&cpu(), DType::F64, layers.clone(), views, 5, gamma);
+            for ((name, a), (_, b)) in expected.iter().zip(&got) {
+                let error = difference(a, b);
+                assert!(error < 1e-8, "{name} with {layers}, {views:?}, gamma {gamma}: off by {error:.1e}");
+            }
+        }
+    }
+}
+
+/// Of each tensor the norm of the error relative to its own; the median of all tensors and seeds.
+#[cfg(feature = "emulator")]
+fn median_error(gram: Layers) -> f64 {
+    let mut errors = vec![];
+    for seed in 0..6 {
+        let exact = step(&cpu(), DType::F64, Layers::NONE, Views::Together, seed, 0.8);
+        let got = step(&emulated(seed), DType::Bf16, gram.clone(), Views::Together, seed, 0.8);
+        for ((_, a), (_, b)) in exact.iter().zip(&got) {
+            let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+            let off = norm(&mut a.iter().zip(b).map(|(a, b)| a - b));
+            errors.push(off / norm(&mut a.iter().copied()).max(1e-12));
+        }
+    }
+    errors.sort_unstable_by(f64::total_cmp);
+    errors[errors.len() / 2]
+}
+
+#[cfg(feature = "emulator")]
+#[test]
+fn in_bfloat16_a_step_is_no_further_from_float64_than_the_usual_one() {
+    let [standard, gram] = [Layers::NONE, Layers::All].map(median_error);
+    println!("median error of gradients, statistics and losses: {gram:.2e} with gram, {standard:.2e} without");
+    assert!(gram < 1.1 * standard, "{gram:.2e} and {standard:.2e}");
 }

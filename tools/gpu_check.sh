@@ -138,8 +138,8 @@ check_results() {
         check replay 90 "$engine" selftest --device "$device" --replay
         check lockstep 90 "$engine" selftest --device "$device" --lockstep
     fi
-    check selftest-gram 120 "$engine" selftest --device "$device" --bn gram
-    [ "$full" = 0 ] || check selftest-sequential 120 "$engine" selftest --device "$device" --views sequential
+    check selftest-gram 120 "$engine" selftest --device "$device" --dtype f32 --bn gram
+    [ "$full" = 0 ] || check selftest-sequential 120 "$engine" selftest --device "$device" --dtype f32 --views sequential
     local tool tools_of_sanitizer=(memcheck)
     [ "$full" = 0 ] || tools_of_sanitizer+=(racecheck synccheck)
     for tool in "${tools_of_sanitizer[@]}"; do
