@@ -79,13 +79,14 @@ mod emulated {
         replay(&device(3, 0x5EED), &DTYPES, &Variant::default());
     }
 
-    // Whole steps in bfloat16 are ill-conditioned: another order of sums is as good, and misses what PyTorch met by chance
-    // (tests/golden/README.md). Variants are held against goldens in float32, and in 16 bits against the default.
+    /// In float32. In 16 bits a weight's gradient is rounded for each view, which makes a trajectory another draw
+    /// (`tests/golden/README.md`); `tests/views.rs` shows that a step is the same but for that.
     #[test]
-    fn one_view_after_the_other_on_kernels_agrees_with_pytorch() {
-        replay(&device(3, 1), &[DType::F32], &sequential());
+    fn kernels_agree_with_pytorch_on_one_view_after_the_other() {
+        replay(&device(2, 1), &[DType::F32], &sequential());
     }
 
+    /// In float32, as above; `tests/gram_norm.rs` shows that in bfloat16 a step is nearer to float64 than the usual one.
     #[test]
     fn kernels_of_gram_norm_agree_with_pytorch() {
         replay(&device(2, 3), &[DType::F32], &gram());

@@ -240,14 +240,25 @@ mod emulated {
         }
     }
 
+    /// Libraries round what a call adds to a weight's gradient to 16 bits (see `Work::staging`), so of each view or of both once.
+    /// All else has the bits that it has together, but for sums in float32: the norms' gradients say it of the way back.
     #[test]
     fn devices_agree_with_themselves() {
-        for (seed, (dtype, tolerance)) in [(DType::F32, 2e-3), (DType::Bf16, 5e-2)].into_iter().enumerate() {
+        let dtypes = [(DType::F32, 1e-5), (DType::Bf16, 2f64.powi(-8)), (DType::F16, 2f64.powi(-11))];
+        for (seed, (dtype, rounding)) in dtypes.into_iter().enumerate() {
             let mut setting = Setting::new(model(Block::Bottleneck, Stem::Imagenet), [5, 13], dtype);
             setting.padded = true;
             let [together, sequential] = both(&setting, &emulated(seed as u64), 1);
-            sequential.agrees(&together, tolerance, &format!("{dtype}"));
-            assert_eq!(together.get("step 0: loss"), sequential.get("step 0: loss"), "{dtype}");
+            sequential.agrees(&together, rounding, &format!("{dtype}"));
+            let exact = |of: &Trained| {
+                let is_norm = |name: &str| [".bn", ".downsample.1.", "fc.1."].iter().any(|part| name.contains(part));
+                let gradient = |name: &str| name.starts_with("step 0: gradient") && is_norm(name);
+                let forward = |name: &str| ["step 0: loss", "step 0: z std", "step 0: z"].contains(&name);
+                let kept = of.0.iter().filter(|(name, _)| gradient(name) || forward(name));
+                Trained(kept.cloned().collect())
+            };
+            assert!(exact(&together).0.len() > 20);
+            exact(&sequential).agrees(&exact(&together), 1e-6, &format!("{dtype}"));
         }
     }
 }
