@@ -46,8 +46,9 @@ fn complete_row<T: Real>(to: &mut [T], added: impl Iterator<Item = T>, relu: boo
     }
 }
 
+#[inline]
 fn positive<T: Real>(x: T) -> T {
-    if x > T::ZERO { x } else { T::ZERO }
+    x.when(x > T::ZERO)
 }
 
 /// Most rows and columns of a task: enough rows to pay for streaming b, few enough that the block stays in the L2 cache until
