@@ -196,6 +196,9 @@ impl Op for GramNorm {
             ("mean", of_groups(&[c_in])),
             ("rstd", of_groups(&[c_out])),
         ];
+        if saved.len() != expected.len() {
+            return Err(Error::shape("gram_norm", "inputs", self.operands() + expected.len(), inputs.len()));
+        }
         expected.iter().zip(saved).try_for_each(|((what, desc), got)| expect("gram_norm", what, got, desc))?;
         Ok(outputs)
     }
@@ -292,7 +295,8 @@ mod tests {
             (256 * 56 * 56, [256, 64], 32),
             (256 * 28 * 28, [512, 128], 16),
             (256 * 14 * 14, [1024, 256], 4),
-            (256 * 7 * 7, [2048, 512], 1),
+            (256 * 7 * 7, [2048, 512], 2),
+            (256 * 7 * 7, [2048, 1024], 1),
         ] {
             let parts = splits(rows, 2, sides);
             assert_eq!(parts, expected, "{rows} {sides:?}");
