@@ -321,6 +321,23 @@ fn a_step_is_the_same_with_gram_in_every_combination() {
     }
 }
 
+#[test]
+fn layers_that_are_not_there_are_refused_with_those_that_are() {
+    let record = |layers: &str, block| {
+        let model = SimSiam { backbone: ResNet { block, ..model().backbone }, ..model() };
+        let epilogues = Epilogues { gram: layers.parse().unwrap(), ..Epilogues::default() };
+        let plain = StepShape::new(6, 12, DType::F32, ViewSource::Given { padded: false });
+        model.record_step(&StepShape { epilogues, ..plain })
+    };
+    let message = record("encoder.layer1,encoder.layer9", Block::Bottleneck).unwrap_err().to_string();
+    let some = "encoder.layer1.0.downsample.0, encoder.layer1.0.conv3, encoder.layer1.1.conv3, encoder.layer2.0.conv3";
+    assert!(message.contains(some) && message.ends_with("got encoder.layer9"), "{message}");
+    // Of 3x3 convolutions none; of the shortcuts that widen, one.
+    let message = record("encoder.layer1", Block::Basic).unwrap_err().to_string();
+    assert!(message.contains("such as encoder.layer2.0.downsample.0; got encoder.layer1"), "{message}");
+    assert!(record("encoder.layer2.0.downsample", Block::Basic).is_ok());
+}
+
 /// Of each tensor the norm of the error relative to its own; the median of all tensors and seeds.
 #[cfg(feature = "emulator")]
 fn median_error(gram: Layers) -> f64 {

@@ -5,7 +5,7 @@ use std::fmt::{self, Display};
 use std::str::FromStr;
 
 use crate::error::{Error, Result};
-use crate::graph::{Phase, Tape};
+use crate::graph::{Node, Phase, Tape};
 use crate::ops::conv2d::Join;
 
 /// Lets serde read and write a choice as the text that the command line takes.
@@ -72,10 +72,11 @@ impl Layers {
             None => Ok(()),
             Some(name) => {
                 let some = layers[..layers.len().min(NAMED)].join(", ");
-                let what = format!(
-                    "expected names of layers that it can hold for, or what they begin with, such as {some}; got {name}"
-                );
-                Err(Error::config(option, what))
+                let expected = match layers {
+                    [] => "none, since this network has no such layers".to_string(),
+                    _ => format!("names of layers that it can hold for, or what they begin with, such as {some}"),
+                };
+                Err(Error::config(option, format!("expected {expected}; got {name}")))
             }
         }
     }
@@ -206,12 +207,19 @@ impl Epilogues {
     /// # Errors
     /// [`Error::Config`] with names of layers where it can.
     pub(super) fn check(&self, tape: &Tape) -> Result<()> {
-        let named = |op: &str| -> Vec<&str> {
-            let nodes = tape.nodes().iter().filter(|n| n.phase == Phase::Forward && n.op.name() == op);
+        let named = |keep: &dyn Fn(&Node) -> bool| -> Vec<&str> {
+            let nodes = tape.nodes().iter().filter(|node| node.phase == Phase::Forward && keep(node));
             nodes.map(|node| node.name.as_str()).collect()
         };
-        self.statistics.check("--fuse-statistics", &named("conv2d"))?;
-        self.gram.check("--bn gram", &named("gram_norm"))?;
+        let is_convolution = |node: &Node| node.op.name() == "conv2d";
+        let is_gram = |node: &Node| node.op.name() == "gram_norm";
+        let expands = |node: &Node| match tape.desc(node.inputs[1]).shape.dims() {
+            [c_out, 1, 1, c_in] => c_out > c_in,
+            _ => false,
+        };
+        self.statistics.check("--fuse-statistics", &named(&is_convolution))?;
+        let possible = |node: &Node| is_gram(node) || (is_convolution(node) && expands(node));
+        self.gram.check("--bn gram", &named(&possible))?;
         self.residual_gradient.layers.check("--residual-gradient", &joining(tape))
     }
 }
@@ -223,7 +231,7 @@ fn joining(tape: &Tape) -> Vec<&str> {
     let mut found = vec![];
     for (index, node) in tape.nodes().iter().enumerate() {
         if node.op.name() == "conv2d_dgrad" {
-            let added = |next: &crate::graph::Node| next.op.name() == "copy" && next.inputs == node.outputs;
+            let added = |next: &Node| next.op.name() == "copy" && next.inputs == node.outputs;
             let joins = node.inputs.len() > 2
                 || node.outputs.iter().any(|output| written.contains(output))
                 || tape.nodes().get(index + 1).is_some_and(added);
