@@ -65,13 +65,14 @@ __device__ __forceinline__ void slice_rows(const T* __restrict__ x, T* __restric
 template <class T>
 __device__ __forceinline__ void stack_rows(const T* __restrict__ a, const T* __restrict__ b, T* __restrict__ y, int64_t of_a,
                                            int64_t n) {
-    const auto copy = [=](int64_t i, auto count) {
-        copy_pack<decltype(count)::value>(y + i, i < of_a ? a + i : b + (i - of_a));
-    };
+    const auto first = [=](int64_t i, auto count) { copy_pack<decltype(count)::value>(y + i, a + i); };
+    const auto second = [=](int64_t i, auto count) { copy_pack<decltype(count)::value>(y + of_a + i, b + i); };
     if (of_a % WIDTH<T> == 0) {
-        for_each_pack<WIDTH<T>>(n, copy);
+        for_each_pack<WIDTH<T>>(of_a, first);
+        for_each_pack<WIDTH<T>>(n - of_a, second);
     } else {
-        for_each_pack<1>(n, copy);
+        for_each_pack<1>(of_a, first);
+        for_each_pack<1>(n - of_a, second);
     }
 }
 
