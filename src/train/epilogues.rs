@@ -18,9 +18,6 @@ const PRECOMPILED: [[u32; 2]; 2] = [[8, 0], [9, 0]];
 pub struct EpilogueChoice {
     /// Convolutions that compute the statistics for the batch norm after them.
     pub fuse_statistics: FuseStatistics,
-    /// How batch norm of the 1x1 convolutions to more channels is computed.
-    #[serde(default)]
-    pub bn: NormChoice,
     /// How the gradients of residual branches are added.
     #[serde(default)]
     pub residual_gradient: ResidualGradient,
@@ -28,6 +25,9 @@ pub struct EpilogueChoice {
     /// first form it cost 0.6 % of the time on an H100 (batch 256), so it has to be asked for.
     #[serde(default)]
     pub fuse_pooling: bool,
+    /// How batch norm of the 1x1 convolutions to more channels is computed.
+    #[serde(default)]
+    pub bn: NormChoice,
 }
 
 impl EpilogueChoice {
