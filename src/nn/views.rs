@@ -16,7 +16,8 @@ use crate::nn::simsiam::{SimSiam, StepShape, ViewSource, pad};
 use crate::ops::slice_rows::{SliceRows, StackRows, record_rows};
 
 /// Whether the views go through the network together. Both ways compute the same, as the target is a constant: the sums over
-/// both views in the weights' gradients are in another order, and that is all.
+/// both views in the weights' gradients are rounded otherwise (in 16 bits, which libraries write, once for each view), and that
+/// is all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Views {
