@@ -9,7 +9,7 @@ import json
 
 import torch
 
-from . import generated, golden_ops, tensor_file
+from . import generated, golden_ops, op_cases, tensor_file, torch_ops
 
 CHANNELS = (3, 7, 8, 24, 64, 2048)
 MANY = 100_003
@@ -80,7 +80,7 @@ def _matmul_cases():
         ("through_weight_7x7x2048_512",  2, "",   (2, 7, 7, 2048),  "",   (2, 2048, 512), ""),
     ]  # fmt: skip
     for case, groups, a, a_shape, b, b_shape, options in table:
-        attributes = golden_ops.matmul_attributes(groups, a, b, options)
+        attributes = op_cases.matmul_attributes(groups, a, b, options)
         inputs = {"a": (a_shape, "gapped")}
         if b_shape is not None:
             inputs["b"] = (b_shape, "uniform")
@@ -133,12 +133,12 @@ def _run(case, op, attributes, recipe):
     """The row of a case for the table, and its results in full: {"out/y": ..., "d_in/x": ...}."""
     inputs = {name: generated.values(case, f"in/{name}", shape, kind) for name, (shape, kind) in recipe.items()}
     row = {"op": op, **attributes, "generated": {f"in/{n}": {"shape": s, "kind": k} for n, (s, k) in recipe.items()}}
-    name, d_out = golden_ops.OPS[op][1], {}
+    name, d_out = torch_ops.OPS[op][1], {}
     if name is not None:
-        shape = list(golden_ops.OPS[op][0](inputs, attributes)[name].shape)
+        shape = list(torch_ops.OPS[op][0](inputs, attributes)[name].shape)
         row["generated"][f"d_out/{name}"] = {"shape": shape, "kind": "uniform"}
         d_out[name] = generated.values(case, f"d_out/{name}", shape or [1], "uniform").reshape(shape)
-    outputs, d_in = golden_ops.run(op, attributes, inputs, d_out)
+    outputs, d_in = torch_ops.run(op, attributes, inputs, d_out)
     results = _named(outputs, d_in)
     row |= {key: errors for key, errors in golden_ops.own_errors(op, attributes, inputs, d_out, results)}
     return row, results
