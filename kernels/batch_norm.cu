@@ -340,17 +340,14 @@ __device__ __forceinline__ void apply_and_sum(const T* __restrict__ x, const flo
         float v[U][N];
         load_rows(v, x + i, tile.stride);
 #pragma unroll
-        for (int k = 0; k < N; ++k) {
-            float stored[U];
+        for (int u = 0; u < U; ++u)
 #pragma unroll
-            for (int u = 0; u < U; ++u) {
+            for (int k = 0; k < N; ++k) {
                 const float out = of.normalised(k, v[u][k]);
-                v[u][k] = relu && !(out > 0.0f) ? 0.0f : out;
-                stored[u] = to_float(from_float<T>(v[u][k]));
+                v[u][k] = to_float(from_float<T>(relu && !(out > 0.0f) ? 0.0f : out));
             }
-            sums[0][k] += tree_sum(stored);
-        }
         store_rows(y + i, v, tile.stride);
+        add_rows(sums[0], v);
     });
     sum_over_rows(sums, tile, [&](int channel, const float(&totals)[1]) {
         partials[tile.chunk * tiles.channels + channel] = totals[0];

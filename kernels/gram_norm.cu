@@ -19,15 +19,10 @@ __device__ __forceinline__ void masked_sums(const T* __restrict__ d_y, const T* 
         load_rows(d, d_y + i, tile.stride);
         load_rows(v, y + i, tile.stride);
 #pragma unroll
-        for (int k = 0; k < N; ++k) {
-            float column[U];
+        for (int u = 0; u < U; ++u)
 #pragma unroll
-            for (int u = 0; u < U; ++u) {
-                d[u][k] = v[u][k] > 0.0f ? d[u][k] : 0.0f;
-                column[u] = d[u][k];
-            }
-            sums[0][k] += tree_sum(column);
-        }
+            for (int k = 0; k < N; ++k) d[u][k] = v[u][k] > 0.0f ? d[u][k] : 0.0f;
+        add_rows(sums[0], d);
         store_rows(g + i, d, tile.stride);
     });
     sum_over_rows(sums, tile, [&](int channel, const float(&totals)[1]) {

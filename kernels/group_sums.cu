@@ -10,13 +10,7 @@ __device__ __forceinline__ void group_sums(const T* __restrict__ x, float* __res
         constexpr int U = decltype(count)::value;
         float v[U][N];
         load_rows(v, x + i, tile.stride);
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-            float column[U];
-#pragma unroll
-            for (int u = 0; u < U; ++u) column[u] = v[u][k];
-            sums[0][k] += tree_sum(column);
-        }
+        add_rows(sums[0], v);
     });
     sum_over_rows(sums, tile, [&](int channel, const float(&totals)[1]) {
         partials[tile.chunk * tiles.channels + channel] = totals[0];

@@ -100,6 +100,17 @@ template <int U> __device__ __forceinline__ float tree_sum(float (&x)[U]) {
     return x[0];
 }
 
+// Adds U rows to the sums of their columns.
+template <int U, int N> __device__ __forceinline__ void add_rows(float (&sums)[N], const float (&rows)[U][N]) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+        float column[U];
+#pragma unroll
+        for (int u = 0; u < U; ++u) column[u] = rows[u][k];
+        sums[k] += tree_sum(column);
+    }
+}
+
 // Shared memory for two sums over a tile; one array for all instances of a kernel's body.
 constexpr int SCRATCH_PER_THREAD = 2 * (8 + 1);
 __device__ __forceinline__ float* tile_scratch() {

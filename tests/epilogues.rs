@@ -1,21 +1,22 @@
 //! What may be fused with a convolution changes how a step is computed, not what: statistics from the convolution instead of a
 //! pass of batch norm's own, and the three ways to add the gradient of a residual branch.
 
+mod steps;
+
 use simsiam_engine::backend::cpu::Tier;
 use simsiam_engine::error::Result;
 use simsiam_engine::exec::Device;
 use simsiam_engine::graph::plan::Target;
 use simsiam_engine::graph::{Node, Plan, Role, Tape, ValueId, backward, dump};
 use simsiam_engine::nn::epilogues::{Epilogues, Layers};
-use simsiam_engine::nn::heads::{HeadNorm, Heads, OutBias, PredictorKind};
-use simsiam_engine::nn::resnet::{Block, ResNet, Stem};
-use simsiam_engine::nn::simsiam::{SimSiam, StepShape, TrainGraph, ViewSource};
+use simsiam_engine::nn::resnet::{Block, Stem};
+use simsiam_engine::nn::simsiam::{StepShape, TrainGraph, ViewSource};
 use simsiam_engine::ops::batch_norm::{BatchNorm, Fusion, channel_desc};
 use simsiam_engine::ops::conv2d::{Conv2d, Join, gradient_dtype};
-use simsiam_engine::ops::similarity::Kind;
 use simsiam_engine::rng::Stream;
 use simsiam_engine::tensor::{DType, TensorDesc};
 use simsiam_engine::train::state::write_initial;
+use steps::model;
 
 fn cpu() -> Device {
     Device::Cpu(Tier::Direct)
@@ -205,21 +206,6 @@ fn statistics_that_something_else_uses_have_no_silent_gradient() {
 const BATCH: usize = 5;
 const SIZE: usize = 12;
 
-fn model(stem: Stem) -> SimSiam {
-    let backbone = ResNet { block: Block::Bottleneck, depths: vec![2, 1], width: 4, stem };
-    let heads = Heads {
-        dim: 12,
-        projector_hidden: 12,
-        predictor_hidden: 6,
-        projector_layers: 2,
-        projector_out_affine: false,
-        projector_out_bias: OutBias::None,
-        norm: HeadNorm::Default,
-        predictor: PredictorKind::Mlp,
-    };
-    SimSiam { backbone, heads, similarity: Kind::Cosine, stop_gradient: true, symmetric: true }
-}
-
 fn epilogues(statistics: &str, residual_gradient: &str) -> Epilogues {
     let (statistics, residual_gradient) = (statistics.parse().unwrap(), residual_gradient.parse().unwrap());
     Epilogues { statistics, residual_gradient, ..Epilogues::default() }
@@ -233,7 +219,7 @@ fn record(epilogues: Epilogues, dtype: DType) -> Result<TrainGraph> {
 fn record_with(stem: Stem, epilogues: Epilogues, dtype: DType) -> Result<TrainGraph> {
     let source = ViewSource::Given { padded: stem == Stem::Imagenet };
     let plain = StepShape::new(BATCH, SIZE, dtype, source);
-    model(stem).record_step(&StepShape { keep_gradients: true, epilogues, ..plain })
+    model(Block::Bottleneck, stem).record_step(&StepShape { keep_gradients: true, epilogues, ..plain })
 }
 
 fn with_sums(tape: &Tape) -> Vec<&str> {

@@ -1,22 +1,23 @@
 //! Batch norm from the covariance of a 1x1 convolution's input against the convolution and batch norm after it: outputs,
 //! statistics and gradients, and how precise both are at scale.
 
+mod steps;
+
 use simsiam_engine::backend::cpu::Tier;
 use simsiam_engine::exec::Device;
 use simsiam_engine::graph::{Role, Tape, ValueId, backward};
 use simsiam_engine::nn::epilogues::{Epilogues, Layers};
-use simsiam_engine::nn::heads::{HeadNorm, Heads, OutBias, PredictorKind};
-use simsiam_engine::nn::resnet::{Block, ResNet, Stem};
-use simsiam_engine::nn::simsiam::{SimSiam, StepShape, TrainGraph, ViewSource};
+use simsiam_engine::nn::resnet::{Block, Stem};
+use simsiam_engine::nn::simsiam::{StepShape, TrainGraph, ViewSource};
 use simsiam_engine::nn::views::Views;
 use simsiam_engine::ops::batch_norm::{BatchNorm, Fusion, channel_desc};
 use simsiam_engine::ops::conv2d::{Conv2d, gradient_dtype};
 use simsiam_engine::ops::gram_norm::{self, Layer, Operands};
-use simsiam_engine::ops::similarity::Kind;
 use simsiam_engine::ops::subsample::Subsample;
 use simsiam_engine::rng::Stream;
 use simsiam_engine::tensor::{DType, TensorDesc};
 use simsiam_engine::train::state::write_initial;
+use steps::model;
 
 fn cpu() -> Device {
     Device::Cpu(Tier::Direct)
@@ -266,27 +267,13 @@ fn a_layer_is_as_precise_as_the_usual_route_in_16_bits_too() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Whole steps.
 
-fn model() -> SimSiam {
-    let backbone = ResNet { block: Block::Bottleneck, depths: vec![2, 1], width: 8, stem: Stem::Cifar };
-    let heads = Heads {
-        dim: 12,
-        projector_hidden: 12,
-        predictor_hidden: 6,
-        projector_layers: 2,
-        projector_out_affine: false,
-        projector_out_bias: OutBias::None,
-        norm: HeadNorm::Default,
-        predictor: PredictorKind::Mlp,
-    };
-    SimSiam { backbone, heads, similarity: Kind::Cosine, stop_gradient: true, symmetric: true }
-}
-
 /// Loss, gradients and state after a step on noise, by name. The last gamma of a block starts at `gamma`.
 fn step(device: &Device, dtype: DType, gram: Layers, views: Views, seed: u64, gamma: f64) -> Vec<(String, Vec<f64>)> {
     let epilogues = Epilogues { gram, ..Epilogues::default() };
     let plain = StepShape::new(6, 12, dtype, ViewSource::Given { padded: false });
     let shape = StepShape { keep_gradients: true, epilogues, views, ..plain };
-    let TrainGraph { tape, views, params, gradients, loss, .. } = model().record_step(&shape).unwrap();
+    let TrainGraph { tape, views, params, gradients, loss, .. } =
+        model(Block::Bottleneck, Stem::Cifar).record_step(&shape).unwrap();
     let mut exec = device.poisoned_executor(tape).unwrap();
     write_initial(&mut *exec, &params, seed).unwrap();
     for param in params.iter().filter(|param| param.name.ends_with(".bn3.weight")) {
@@ -324,10 +311,9 @@ fn a_step_is_the_same_with_gram_in_every_combination() {
 #[test]
 fn layers_that_are_not_there_are_refused_with_those_that_are() {
     let record = |layers: &str, block| {
-        let model = SimSiam { backbone: ResNet { block, ..model().backbone }, ..model() };
         let epilogues = Epilogues { gram: layers.parse().unwrap(), ..Epilogues::default() };
         let plain = StepShape::new(6, 12, DType::F32, ViewSource::Given { padded: false });
-        model.record_step(&StepShape { epilogues, ..plain })
+        model(block, Stem::Cifar).record_step(&StepShape { epilogues, ..plain })
     };
     let message = record("encoder.layer1,encoder.layer9", Block::Bottleneck).unwrap_err().to_string();
     let some = "encoder.layer1.0.downsample.0, encoder.layer1.0.conv3, encoder.layer1.1.conv3, encoder.layer2.0.conv3";

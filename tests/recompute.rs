@@ -1,21 +1,22 @@
 //! Activations that are computed again: no bit of a result changes, the memory is what was asked for, and no more is repeated
 //! than that takes.
 
-mod memory;
+mod steps;
 
 use std::collections::BTreeSet;
 
-use memory::{Setting, Trained, model};
 use simsiam_engine::backend::cpu::Tier;
 use simsiam_engine::exec::Device;
 use simsiam_engine::graph::budget::{MemoryBudget, Trade, fit, repetitions};
 use simsiam_engine::graph::plan::Target;
 use simsiam_engine::graph::recompute::recompute;
 use simsiam_engine::graph::{Node, Phase, Plan, Tape};
+use simsiam_engine::nn::epilogues::Layers;
 use simsiam_engine::nn::heads::HeadNorm;
 use simsiam_engine::nn::resnet::{Arch, Block, ResNet, Stem};
 use simsiam_engine::nn::views::Views;
 use simsiam_engine::tensor::DType;
+use steps::{Setting, Trained, model};
 
 fn settings(dtype: DType) -> Vec<Setting> {
     let bottleneck = Setting::new(model(Block::Bottleneck, Stem::Imagenet), [5, 13], dtype);
@@ -23,7 +24,9 @@ fn settings(dtype: DType) -> Vec<Setting> {
     basic.model.heads.norm = HeadNorm::None;
     let mut fused = Setting { padded: true, ..bottleneck.clone() };
     (fused.epilogues.pooling, fused.epilogues.statistics) = (true, "all".parse().unwrap());
-    vec![bottleneck, basic, fused]
+    let mut gram = bottleneck.clone();
+    gram.epilogues.gram = Layers::All;
+    vec![bottleneck, basic, fused, gram]
 }
 
 fn least(target: Target) -> impl Fn(Tape) -> Tape {
@@ -69,8 +72,8 @@ fn no_bit_changes_on_the_cpu() {
 #[test]
 fn no_bit_changes_on_an_emulated_device() {
     let [first, last] = [DType::Bf16, DType::F16].map(settings);
-    no_bit_changes(&memory::emulated(3), &first[..1], 2);
-    no_bit_changes(&memory::emulated(4), &last[2..], 2);
+    no_bit_changes(&steps::emulated(3), &first[..1], 2);
+    no_bit_changes(&steps::emulated(4), &last[2..], 2);
 }
 
 /// The premise of the tests above: they would see it if a repetition computed something else.

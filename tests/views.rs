@@ -1,12 +1,11 @@
 //! The views one after the other: the same losses, gradients and running statistics as together, in half the memory.
 
 mod common;
-mod memory;
+mod steps;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use memory::{Setting, Trained, model};
 use simsiam_engine::backend::cpu::Tier;
 use simsiam_engine::error::Result;
 use simsiam_engine::exec::Device;
@@ -20,6 +19,7 @@ use simsiam_engine::ops::similarity::Kind;
 use simsiam_engine::ops::slice_rows::{SliceRows, StackRows, record_rows};
 use simsiam_engine::tensor::{DType, TensorDesc};
 use simsiam_engine::train::metrics::{self, Line};
+use steps::{Setting, Trained, model};
 
 fn cpu() -> Device {
     Device::Cpu(Tier::Direct)
@@ -231,7 +231,7 @@ fn rows_that_do_not_fit_are_refused() {
 #[cfg(feature = "emulator")]
 mod emulated {
     use super::*;
-    use crate::memory::emulated;
+    use crate::steps::emulated;
 
     #[test]
     fn rows_are_seen_copied_and_stacked() {

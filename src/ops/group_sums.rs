@@ -25,16 +25,26 @@ fn column_sums<T: Real>(io: &mut CpuIo<'_>, groups: usize, factor: f64) {
     io.outputs[0].get::<T>().iter_mut().zip(of_groups).for_each(|(out, sum)| *out = T::of(sum * factor));
 }
 
-/// The means of the columns of each group: input x, output `[groups, c]`.
+/// The sums of the columns of each group, or their means: input x, output `[groups, c]`. Made for who has a gradient of the
+/// whole; there is none here.
 #[derive(Debug, Clone, Copy)]
-pub struct GroupMeans {
+pub struct GroupSums {
     /// Groups.
     pub groups: usize,
+    /// Whether sums are divided by the number of rows.
+    pub means: bool,
 }
 
-impl Op for GroupMeans {
+impl GroupSums {
+    /// What a sum is multiplied by.
+    fn factor(&self, x: &TensorDesc) -> f64 {
+        if self.means { self.groups as f64 / x.shape.rows() as f64 } else { 1.0 }
+    }
+}
+
+impl Op for GroupSums {
     fn name(&self) -> &'static str {
-        "group_means"
+        if self.means { "group_means" } else { "group_sums" }
     }
 
     fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
@@ -54,8 +64,8 @@ impl Op for GroupMeans {
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
-        let rows = io.inputs[0].desc.shape.rows() / self.groups;
-        dispatch_real!("group_means", io.inputs[0].desc.dtype, T => column_sums::<T>(io, self.groups, 1.0 / rows as f64));
+        let factor = self.factor(io.inputs[0].desc);
+        dispatch_real!(self.name(), io.inputs[0].desc.dtype, T => column_sums::<T>(io, self.groups, factor));
         Ok(())
     }
 
@@ -64,42 +74,7 @@ impl Op for GroupMeans {
     }
 
     fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
-        let rows = io.inputs[0].desc.shape.rows() / self.groups;
-        cuda::sums(io, self.groups, 1.0 / rows as f64)
-    }
-}
-
-/// The sums of the columns of each group: input x, output `[groups, c]`.
-#[derive(Debug, Clone, Copy)]
-pub struct GroupSums {
-    /// Groups.
-    pub groups: usize,
-}
-
-impl Op for GroupSums {
-    fn name(&self) -> &'static str {
-        "group_sums"
-    }
-
-    fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
-        Ok(vec![sums_desc(inputs[0], self.groups)])
-    }
-
-    fn workspace(&self, inputs: &[&TensorDesc]) -> usize {
-        workspace_bytes(inputs[0].shape.channels(), self.groups)
-    }
-
-    fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
-        dispatch_real!("group_sums", io.inputs[0].desc.dtype, T => column_sums::<T>(io, self.groups, 1.0));
-        Ok(())
-    }
-
-    fn cuda_workspace(&self, inputs: &[&TensorDesc]) -> usize {
-        cuda::partials_bytes(inputs[0], self.groups)
-    }
-
-    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
-        cuda::sums(io, self.groups, 1.0)
+        cuda::sums(io, self.groups, self.factor(io.inputs[0].desc))
     }
 }
 

@@ -32,7 +32,7 @@ use crate::backend::cuda::library::Work;
 use crate::error::{Error, Result};
 use crate::graph::{GradBuilder, Op, Tape, Tensors, Traffic, ValueId};
 use crate::ops::conv2d::gradient_dtype;
-use crate::ops::group_sums::{GroupMeans, GroupSums};
+use crate::ops::group_sums::GroupSums;
 use crate::ops::matmul::{Factor, Matmul};
 use crate::tensor::{DType, TensorDesc};
 
@@ -84,7 +84,7 @@ pub fn record(tape: &mut Tape, layer: Layer, of: &Operands) -> Result<ValueId> {
     let rows = check_rows(&desc, groups)?;
     let mean = match of.mean {
         Some(mean) => mean,
-        None => tape.record_one(GroupMeans { groups }, &[of.z])?,
+        None => tape.record_one(GroupSums { groups, means: true }, &[of.z])?,
     };
     let centred = is_centred(desc.dtype);
     let z = if centred { tape.record_one(Centre { groups }, &[of.z, mean])? } else { of.z };
@@ -268,7 +268,7 @@ impl GramNorm {
         if let Some(sums) = self.summed_before(g.tape(), d_out) {
             return Ok((d_out, sums));
         }
-        let sums = g.emit_values(GroupSums { groups: self.groups }, &[d_out], &[None])?[0];
+        let sums = g.emit_values(GroupSums { groups: self.groups, means: false }, &[d_out], &[None])?[0];
         Ok((d_out, sums))
     }
 

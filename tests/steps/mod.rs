@@ -1,4 +1,4 @@
-//! What the tests of the memory modes share: small networks, trained a few steps on views that differ.
+//! Small networks for tests of whole steps, trained a few steps on views that differ.
 #![allow(dead_code)] // each test binary uses its own part
 
 use simsiam_engine::exec::Device;
