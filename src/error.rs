@@ -11,7 +11,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The operating system refused an operation on a file.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}: {source}{}", path.display(), what_helps(source))]
     Io {
         /// What was being done: "open", "write", "rename", ...
         action: &'static str,
@@ -116,6 +116,16 @@ fn size(bytes: usize) -> String {
 
 fn hinted(hint: &Option<String>) -> String {
     hint.as_ref().map_or(String::new(), |h| format!("; hint: {h}"))
+}
+
+/// What to do about a refusal of the operating system, where it is as good as always the same.
+fn what_helps(refused: &io::Error) -> &'static str {
+    match refused.kind() {
+        io::ErrorKind::NotFound => "; hint: check the name, and the folder that it is relative to",
+        io::ErrorKind::PermissionDenied => "; hint: check who may read and write there",
+        io::ErrorKind::StorageFull => "; hint: free some space, or name a place on another disk",
+        _ => "",
+    }
 }
 
 impl Error {
