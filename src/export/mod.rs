@@ -142,12 +142,11 @@ impl Format {
     }
 
     /// The tensors in the bytes of a file, under their names in it.
-    fn read(self, out: &Path, file: &[u8]) -> Result<NamedTensors> {
-        let fault = |what: String| Error::format(out, None, what);
+    fn read(self, out: &Path, file: Vec<u8>) -> Result<NamedTensors> {
         match self {
-            Format::Detectron2 => detectron2::read(file).map_err(fault),
-            Format::Torchvision | Format::Timm if is_torch(out) => torch::read(file).map_err(fault),
-            _ => Ok(safetensors::read_bytes(out, file)?.0),
+            Format::Detectron2 => detectron2::read(out, &file),
+            Format::Torchvision | Format::Timm if is_torch(out) => torch::read(out, file),
+            _ => Ok(safetensors::read_bytes(out, &file)?.0),
         }
     }
 }
@@ -181,7 +180,7 @@ pub fn write(source: &Source, format: Format, out: &Path) -> Result<Verified> {
             out,
             |file_out| write_tensors(source, format, out, &named, file_out),
             |path| {
-                let mut found = format.read(out, &verify(path)?)?;
+                let mut found = format.read(out, verify(path)?)?;
                 if found != named {
                     let what = format!("{}: reading the export back gave other tensors", out.display());
                     return Err(Error::Mismatch(what));
