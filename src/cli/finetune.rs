@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::augment_args::numbers;
 use super::machine_args::MachineArgs;
+use super::memory_args::BudgetArgs;
 use super::meter::Meter;
 use super::model_args::arch_name;
 use super::output::print;
@@ -68,6 +69,8 @@ pub struct FinetuneArgs {
     recipe: RecipeArgs,
     #[command(flatten)]
     machine: MachineArgs,
+    #[command(flatten)]
+    budget: BudgetArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -154,6 +157,7 @@ fn start(args: &FinetuneArgs) -> Result<Asked> {
     };
     finetune::check_new(run)?;
     let mut machine = Machine { device: DeviceChoice::Auto, ..Machine::default() };
+    machine.memory = args.budget.choose(machine.memory);
     let device = args.machine.open(&mut machine, true)?;
     let Trained { config: pretraining, checkpoint, .. } = trained::open(source)?;
     let (recipe, of_run) = (&args.recipe, &pretraining.augment);
@@ -195,6 +199,7 @@ fn start(args: &FinetuneArgs) -> Result<Asked> {
 fn resume(args: &FinetuneArgs, path: &Path) -> Result<Asked> {
     let mut config = FinetuneConfig::read(path)?;
     let folder = finetune::hold(path)?;
+    config.machine.memory = args.budget.choose(config.machine.memory);
     let device = args.machine.open(&mut config.machine, false)?;
     let checkpoint = trained::open(&config.source)?.checkpoint;
     Ok(Asked { config, folder: Some(folder), device, pretrained: checkpoint.tensors().clone() })
