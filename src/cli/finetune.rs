@@ -33,7 +33,8 @@ const CLASSES_SHOWN: usize = 40;
 /// the centre crops of the test images; the figure to report is that of the last epoch, never the best of many.
 #[derive(Debug, clap::Args)]
 pub struct FinetuneArgs {
-    /// Run directory of the pretraining, whose newest checkpoint is taken, or a checkpoint file in one.
+    /// Run directory of the pretraining, whose newest checkpoint is taken, a checkpoint file in one, or a file of
+    /// `import --out`.
     #[arg(value_name = "RUN_OR_CHECKPOINT", required_unless_present = "resume", conflicts_with = "resume")]
     source: Option<PathBuf>,
     /// Dataset file with labels to learn from.
@@ -159,8 +160,8 @@ fn start(args: &FinetuneArgs) -> Result<Asked> {
     let mut machine = Machine { device: DeviceChoice::Auto, ..Machine::default() };
     machine.memory = args.budget.choose(machine.memory);
     let device = args.machine.open(&mut machine, true)?;
-    let Trained { config: pretraining, checkpoint, .. } = trained::open(source)?;
-    let (recipe, of_run) = (&args.recipe, &pretraining.augment);
+    let Trained { model, augment, checkpoint, .. } = trained::open(source)?;
+    let recipe = &args.recipe;
     let config = FinetuneConfig {
         source: absolute(source)?,
         train: absolute(train)?,
@@ -179,11 +180,11 @@ fn start(args: &FinetuneArgs) -> Result<Asked> {
             momentum: recipe.momentum,
             weight_decay: recipe.weight_decay,
         },
-        backbone: pretraining.model.backbone.clone(),
+        backbone: model.backbone,
         augment: AugmentConfig {
-            image_size: of_run.image_size,
-            mean: of_run.mean,
-            std: of_run.std,
+            image_size: augment.image_size,
+            mean: augment.mean,
+            std: augment.std,
             crop_scale: recipe.crop_scale.unwrap_or(CROP_SCALE),
             jitter_probability: 0.0,
             grayscale_probability: 0.0,
