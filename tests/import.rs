@@ -386,6 +386,8 @@ fn an_imported_checkpoint_stands_for_a_run() {
     let (file, imported) = (fixture("classifier-legacy.pth"), bench.path("imported.safetensors"));
     let images = ["--image-size", "20", "--mean", "0.3,0.4,0.5", "--std", "0.2,0.25,0.125"];
     succeed(&[&["import", file.to_str().unwrap(), "--out", &imported], &images[..]].concat());
+    let error = fail(&["export", file.to_str().unwrap(), &bench.path("x")]);
+    assert!(error.ends_with("; hint: weights of other programs become a checkpoint with import --out"), "{error}");
     // Out again, the tensors are PyTorch's.
     let exported = bench.path("exported.safetensors");
     let said = succeed(&["export", &imported, &exported]);

@@ -326,7 +326,7 @@ mod tests {
           \xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tqEb\x89h\x05X\x01\x00\x00\x00\x01qFh\x07\x86qGRqHtq\
           Ibu.";
 
-    fn array<'a>(values: &'a Values, id: Id) -> Option<(&'a Array, &'a [u8])> {
+    fn array(values: &Values, id: Id) -> Option<(&Array, &[u8])> {
         let Value::Array(array) = values.get(id) else { panic!("{:?}", values.get(id)) };
         array.as_ref().map(|array| (&**array, values.bytes(array.bytes).unwrap()))
     }

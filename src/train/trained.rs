@@ -122,14 +122,20 @@ pub fn open(source: &Path) -> Result<Trained> {
         })?;
         return Ok(Trained::of_run(source, config, checkpoint));
     }
-    let mut checkpoint: Checkpoint<State> = checkpoint::load(source)?;
+    let above = |levels: usize| source.ancestors().nth(levels).filter(|p| p.join(FILE_NAME).is_file());
+    let run = above(1).or_else(|| above(2));
+    let mut checkpoint: Checkpoint<State> = checkpoint::load(source).map_err(|error| match error {
+        Error::Format { hint: None, .. } if run.is_none() => {
+            error.with_hint("weights of other programs become a checkpoint with import --out")
+        }
+        known => known,
+    })?;
     if let Some(Imported { file, blake3, model, augment }) = checkpoint.state.imported.take() {
         let fault = |error: Error| Error::format(source, None, error.to_string());
         model.validate().and_then(|()| augment.validate()).map_err(fault)?;
         return Ok(Trained { model, augment, origin: Origin::File { name: file, blake3 }, checkpoint });
     }
-    let above = |levels: usize| source.ancestors().nth(levels).filter(|p| p.join(FILE_NAME).is_file());
-    let run = above(1).or_else(|| above(2)).ok_or_else(|| {
+    let run = run.ok_or_else(|| {
         Error::format(source, None, format!("expected {FILE_NAME} beside the checkpoint or one folder up, found none"))
             .with_hint("leave checkpoints in their run directory, and make those of other files with import --out")
     })?;
