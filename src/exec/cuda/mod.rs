@@ -178,7 +178,7 @@ impl CudaExecutor {
             }
             Mode::Capture => {
                 let mut capture = std::mem::take(&mut self.capture);
-                let captured = capture.capture(slot, &*driver, || self.launch_all(slot));
+                let captured = capture.capture(slot, &*driver, |slot| self.launch_all(slot));
                 let replayed = captured.and_then(|graph| driver.replay(graph));
                 self.capture = capture;
                 replayed
