@@ -238,11 +238,17 @@ mod tests {
     #[test]
     fn whatever_is_allocated_later_fails() {
         let late: [(&str, fn(&Emulator) -> Result<()>); 5] = [
-            ("allocations after step 2 (3 steps): 1, with 24 more bytes in use", |device| device.allocate(24).map(drop)),
-            ("allocations after step 2 (3 steps): 1, with 0 more", |device| device.allocate(24).and_then(|memory| device.free(memory))),
+            ("allocations after step 2 (3 steps): 1, with 24 more bytes in use", |device| {
+                device.allocate(24).map(drop)
+            }),
+            ("allocations after step 2 (3 steps): 1, with 0 more", |device| {
+                device.allocate(24).and_then(|memory| device.free(memory))
+            }),
             ("allocations after step 2 (3 steps): 1, with 0 more", |device| device.pinned(24).map(drop)),
             ("allocations after step 2 (3 steps): 1, with 0 more", |device| device.event().map(drop)),
-            ("allocations after step 2 (3 steps): 1, with 0 more", |device| device.begin_capture().and_then(|()| device.end_capture()).map(drop)),
+            ("allocations after step 2 (3 steps): 1, with 0 more", |device| {
+                device.begin_capture().and_then(|()| device.end_capture()).map(drop)
+            }),
         ];
         for (expected, late) in late {
             let Worst { ratio, what } = verdict(late);
