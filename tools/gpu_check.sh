@@ -148,7 +148,7 @@ engine_step() {
     measure "$name" 120 "${emulated_memory[@]}" "$engine" bench step "${step[@]}" --device "$device" --dtype "$2" --batch "$size" "${few[@]}" "${@:4}" --json
 }
 emulated_memory=()
-[ "$cuda$gpu" != 10 ] || emulated_memory=(env "SIMSIAM_EMULATOR_MEMORY=${SIMSIAM_EMULATOR_MEMORY:-90000000}")
+[ "$cuda$gpu" != 10 ] || emulated_memory=(env "SIMSIAM_EMULATOR_MEMORY=${SIMSIAM_EMULATOR_MEMORY:-45000000}")
 
 has_part() {
     [[ ,$parts, == *,$1,* ]]

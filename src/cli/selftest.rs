@@ -26,7 +26,8 @@ pub struct SelftestArgs {
     /// nothing may be allocated after the second step.
     #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "200", conflicts_with_all = ["golden", "lockstep"])]
     replay: Option<usize>,
-    /// Instead of goldens: run a step on the device and on the CPU node by node, and name the first node that diverges.
+    /// Instead of goldens: run a step on the device and on the CPU node by node, and name the first node that diverges; and make
+    /// augmented views on both, which must have the same bits.
     #[arg(long, conflicts_with = "golden")]
     lockstep: bool,
     /// How the views of training steps go through the network: together, or sequential, one after the other.
@@ -60,9 +61,8 @@ pub fn run(args: SelftestArgs) -> Result<()> {
     if !failed.is_empty() {
         let (n, all) = (failed.len(), outcomes.len());
         let what = match (args.replay, args.lockstep) {
-            (Some(_), _) => "checks",
-            (_, true) => "runs",
-            _ => "files",
+            (None, false) => "files",
+            _ => "checks",
         };
         return Err(Error::Mismatch(format!("selftest: {n} of {all} {what} failed: {}", failed.join(", "))));
     }
@@ -72,7 +72,7 @@ pub fn run(args: SelftestArgs) -> Result<()> {
     }
     let with = match (args.replay, args.lockstep) {
         (Some(_), _) => "checks passed: runs are the same launched and replayed, and allocate nothing once they go",
-        (_, true) => "steps agree with the CPU",
+        (_, true) => "checks passed: steps and augmentation agree with the CPU",
         _ => "files agree with PyTorch",
     };
     print(|out| writeln!(out, "all {} {with}", outcomes.len()))

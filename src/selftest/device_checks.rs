@@ -2,7 +2,7 @@
 //! against the CPU's.
 
 use super::trajectory::{Start, Step, start};
-use super::{EMBEDDED, Golden, Outcome, Variant, Worst};
+use super::{EMBEDDED, Golden, Outcome, Variant, Worst, augmentation};
 use crate::backend::cpu::Tier;
 use crate::backend::cuda::Driver;
 use crate::error::{Error, Result};
@@ -31,7 +31,7 @@ fn trajectories() -> Result<Vec<Golden>> {
     Ok(found)
 }
 
-/// Runs a step of every embedded trajectory on the CPU and on `device` in lockstep, in float32.
+/// Runs a step of every embedded trajectory on the CPU and on `device` in lockstep, in float32, and makes views on both.
 ///
 /// # Errors
 /// [`Error::Config`] without a CUDA device; faults of the device.
@@ -57,6 +57,10 @@ pub fn lockstep(device: &Device, variant: &Variant, mut report: impl FnMut(&Outc
         report(&outcome);
         outcomes.push(outcome);
     }
+    augmentation::check(device, |outcome| {
+        report(&outcome);
+        outcomes.push(outcome);
+    })?;
     Ok(outcomes)
 }
 

@@ -1,5 +1,6 @@
 //! `selftest`: replays goldens made by PyTorch (tools/golden.py) on the chosen device.
 
+mod augmentation;
 mod device_checks;
 mod op_table;
 mod trajectory;
