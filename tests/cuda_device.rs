@@ -239,6 +239,33 @@ under_fake_cuda! {
         assert_eq!(run(true), eager);
     }
 
+    fn all_that_is_handed_out_is_counted("") {
+        let device = CudaDevice::open(0).unwrap();
+        let mut last = device.allocations();
+        let mut made = |what: &str, expected: u64| {
+            let now = device.allocations();
+            assert_eq!(now - std::mem::replace(&mut last, now), expected, "{what}");
+        };
+        let [x, y] = [upload(&device, &numbers(8)), device.allocate(BYTES).unwrap()];
+        made("memory", 2);
+        let staging = pinned(&device, &numbers(9));
+        made("page-locked memory", 1);
+        let event = device.event().unwrap();
+        made("an event", 1);
+        device.begin_capture().unwrap();
+        relu(&device, [x, y], 0).unwrap();
+        let graph = device.end_capture().unwrap();
+        made("a graph", 1);
+        upload_later(&device, x, &*staging);
+        device.record(&event, Stream::Copy).unwrap();
+        device.wait(Stream::Compute, &event).unwrap();
+        device.replay(&graph).unwrap();
+        relu(&device, [x, y], 0).unwrap();
+        device.synchronize().unwrap();
+        device.free(x).unwrap();
+        made("work", 0);
+    }
+
     fn a_capture_refuses_what_a_graph_cannot_hold("") {
         let device = CudaDevice::open(0).unwrap();
         let [a, b] = [11, 12].map(|seed| upload(&device, &numbers(seed)));

@@ -104,6 +104,18 @@ fn killed_and_resumed_equals_uninterrupted_in_bf16() {
     assert!(bench.last_checkpoint("killed") == bench.last_checkpoint("whole"), "the last checkpoints differ");
 }
 
+/// A device has not run a step when it was given one: what counts is when it is done.
+#[test]
+fn the_speed_is_that_of_steps_that_are_done() {
+    let bench = Bench::new();
+    bench.finish("speed", "--device cuda-emulated");
+    let lines = metrics::read(&bench.run_path("speed").join("metrics.jsonl")).unwrap();
+    let seconds: Vec<f64> = lines.iter().map(|line| 32.0 / line.timing.images_per_s).collect();
+    let mean = seconds.iter().sum::<f64>() / seconds.len() as f64;
+    // However busy the machine is, no step takes next to nothing.
+    assert!(seconds.len() == 12 && seconds.iter().all(|s| *s > mean / 30.0), "{seconds:?}");
+}
+
 #[test]
 fn neither_graph_nor_check_nor_unlucky_order_changes_a_bit() {
     let bench = Bench::new();

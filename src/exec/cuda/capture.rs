@@ -57,8 +57,8 @@ impl Capture {
             Mode::Eager => return Err(fault("a step is captured before one has run: nothing is warmed up")),
             Mode::Replay(_) => return Err(fault("a step is captured that has a graph already")),
         }
-        driver.synchronize()?;
         let captured = |slot| {
+            driver.synchronize()?;
             driver.begin_capture()?;
             let launched = launch(slot);
             let ended = driver.end_capture();
