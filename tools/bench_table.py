@@ -45,6 +45,7 @@ def ways(step):
         (f"statistics of {step['fuse_statistics']}", step["fuse_statistics"] != "none"),
         (f"residual gradient {step['residual_gradient']}", step["residual_gradient"] != "accumulate"),
         ("fused pooling", step["fuse_pooling"]),
+        ("shortcut apart", not step.get("fuse_shortcut", True)),
         (f"views {step['views']}", step["views"] != "together"),
         (f"memory budget {step['memory_budget']}", step["memory_budget"] is not None),
         ("autotuned", step["autotune"]),

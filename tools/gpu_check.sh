@@ -238,6 +238,7 @@ measure_variants() {
     engine_step gram "$dtype" "$batch" --bn gram
     [ "$cuda" = 0 ] || engine_step statistics fp16 "$batch" --fuse-statistics auto
     engine_step pooling "$dtype" "$batch" --fuse-pooling true
+    engine_step shortcut "$dtype" "$batch" --fuse-shortcut false
     [ "$cuda" = 0 ] || engine_step residual "$dtype" "$batch" --residual-gradient fused
     engine_step gram "$dtype" largest --bn gram
     engine_step sequential "$dtype" "$batch" --views sequential
