@@ -13,7 +13,8 @@
 #
 #   --quick   what fits into 9 minutes on an H100 (the default)
 #   --full    more element types, modes and sanitizers, longer training: up to an hour
-#   --only    some of the parts. Each has all 9 minutes then: calls into the same OUT are worth more than one.
+#   --only    some of the parts. They have all 9 minutes then: calls into the same OUT are worth more than one; of three for
+#             instance bench, then train, then check,variants.
 #                 bench     the engine beside PyTorch at batch 256 and at the largest batch of each, and a profile
 #                 check     does it compute the right thing?
 #                 train     a run from DATA, and whether it resumes bit for bit
@@ -154,10 +155,12 @@ has_part() {
     [[ ,$parts, == *,$1,* ]]
 }
 
+has_torch=
 # torch_steps NAME SECONDS OPTIONS...: PyTorch's steps, to pytorch-NAME.jsonl.
 torch_steps() {
     local -a where=(--device cpu --steps 2 --warm-up 1)
-    if ! "$python" -c 'import torch, torchvision' 2>/dev/null; then
+    [ -n "$has_torch" ] || { "$python" -c 'import torch, torchvision' 2>/dev/null && has_torch=yes || has_torch=no; }
+    if [ "$has_torch" = no ]; then
         note "pytorch-$1" "left out: $python has no torch and torchvision" 0
         return
     fi
