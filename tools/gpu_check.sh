@@ -301,12 +301,12 @@ train_network() {
     resume_exactly "$bank"
 }
 
-# epochs_in SECONDS DATASET: how many epochs fit, by the speed just measured, with a quarter of the time for all else.
+# epochs_in SECONDS DATASET: how many epochs fit, by the speed just measured, with three tenths of the time for all else.
 epochs_in() {
     local records
     records=$("$engine" inspect "$2" 2>/dev/null | awk '$1 == "records" { print $2 + 0 }')
     awk -v seconds="$1" -v records="${records:-0}" -v epochs="$default_epochs" '
-        /"images_per_s"/ && records > 0 { epochs = int(0.75 * seconds * ($2 + 0) / records) }
+        /"images_per_s"/ && records > 0 { epochs = int(0.7 * seconds * ($2 + 0) / records) }
         END { print epochs < 1 ? 1 : epochs }' train-speed.json
 }
 

@@ -92,6 +92,8 @@ impl CudaExecutor {
         let mut executor = CudaExecutor { program, options, nvtx, prepared: Vec::new(), capture, feed, arena };
         executor.prepared = executor.choose_algorithms(&works)?;
         executor.arena.fill(fill)?;
+        // Inputs come on the other stream, which waits for nothing of this one.
+        executor.arena.driver().synchronize()?;
         Ok(executor)
     }
 
