@@ -66,7 +66,7 @@ elif [[ $parts == *,* ]]; then
     limit=530 sanitizer_seconds=60 train_seconds=60
 else
     # One part has all the time to itself.
-    limit=530 sanitizer_seconds=150 train_seconds=400
+    limit=530 sanitizer_seconds=150 train_seconds=380
 fi
 deadline=$((SECONDS + ${LIMIT:-$limit}))
 train_seconds=${TRAIN_SECONDS:-$train_seconds}
