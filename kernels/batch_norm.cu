@@ -65,9 +65,6 @@ __device__ __forceinline__ void statistics(const T* __restrict__ x, Partial* __r
     });
 }
 
-// Which elements of d_y pass the ReLU (`Mask` in src/ops/batch_norm).
-enum Masking { MASK_NONE, MASK_OF_X, MASK_STORED };
-
 // Calls f(Count<M>) with the masking as a compile-time number.
 template <class F> __device__ __forceinline__ void with_masking(int masking, F f) {
     if (masking == MASK_NONE) {
@@ -77,29 +74,6 @@ template <class F> __device__ __forceinline__ void with_masking(int masking, F f
     } else {
         f(Count<MASK_STORED>{});
     }
-}
-
-// The gradient at the output of the normalisation, of rows from element i on: d_y behind the mask of the ReLU. `v` are the rows
-// of x; `mask` is read for MASK_STORED only: a byte for each pack, which has a bit for each of its elements.
-template <int MASK, int U, int N, class T>
-__device__ __forceinline__ void load_masked(float (&g)[U][N], const T* d_y, const float (&v)[U][N], const Channels<N>& of,
-                                            const uint8_t* mask, int64_t i, int64_t stride) {
-    load_rows(g, d_y + i, stride);
-    if (MASK == MASK_NONE) return;
-    unsigned bits[U] = {};
-    if (MASK == MASK_STORED) {
-#pragma unroll
-        for (int u = 0; u < U; ++u) bits[u] = mask[(i + u * stride) / N];
-    }
-#pragma unroll
-    for (int u = 0; u < U; ++u)
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-            // Rounded as y was, so that what became 0 in y is 0 here.
-            const bool open = MASK == MASK_STORED ? (bits[u] >> k & 1u) != 0
-                                                  : to_float(from_float<T>(of.normalised(k, v[u][k]))) > 0.0f;
-            g[u][k] = open ? g[u][k] : 0.0f;
-        }
 }
 
 // Partial sums of g and of g (x - mean); writes g to d_residual, unless that is null.
@@ -277,18 +251,6 @@ __device__ __forceinline__ void eval_scale(const float* __restrict__ variance, c
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Applying. Grid: one block per tile.
-
-// A byte for each pack of U rows: the k-th bit says whether its k-th element, rounded to T, is greater than 0.
-template <class T, int U, int N>
-__device__ __forceinline__ void store_mask(uint8_t* mask, const float (&y)[U][N], int64_t stride) {
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-        unsigned bits = 0;
-#pragma unroll
-        for (int k = 0; k < N; ++k) bits |= unsigned(to_float(from_float<T>(y[u][k])) > 0.0f) << k;
-        mask[u * stride] = uint8_t(bits);
-    }
-}
 
 // y = act((x - mean) scale + beta + residual); mean and scale are [groups][channels], beta is [channels] or null (0). In front
 // of a residual the sum is rounded to T, as where batch norm and addition are two ops: networks amplify each rounding, and

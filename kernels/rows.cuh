@@ -111,10 +111,10 @@ template <int U, int N> __device__ __forceinline__ void add_rows(float (&sums)[N
     }
 }
 
-// Shared memory for two sums over a tile; one array for all instances of a kernel's body.
-constexpr int SCRATCH_PER_THREAD = 2 * (8 + 1);
-__device__ __forceinline__ float* tile_scratch() {
-    __shared__ float scratch[TILE_THREADS * SCRATCH_PER_THREAD];
+// Shared memory for so many sums over a tile; one array for all instances of a kernel's body.
+constexpr int MOST_PADDED = 8 + 1;
+template <int SUMS> __device__ __forceinline__ float* tile_scratch() {
+    __shared__ float scratch[TILE_THREADS * SUMS * MOST_PADDED];
     return scratch;
 }
 
@@ -123,8 +123,8 @@ __device__ __forceinline__ float* tile_scratch() {
 template <int SUMS, int N, class F>
 __device__ __forceinline__ void sum_over_rows(const float (&sums)[SUMS][N], const Tile<N>& tile, F write) {
     constexpr int PADDED = N + 1; // neither the writes nor the reads below meet in a bank
-    static_assert(SUMS * PADDED <= SCRATCH_PER_THREAD, "scratch of a tile");
-    float* const scratch = tile_scratch();
+    static_assert(PADDED <= MOST_PADDED, "scratch of a tile");
+    float* const scratch = tile_scratch<SUMS>();
 #pragma unroll
     for (int s = 0; s < SUMS; ++s)
 #pragma unroll

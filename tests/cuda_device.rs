@@ -239,6 +239,34 @@ under_fake_cuda! {
         assert_eq!(run(true), eager);
     }
 
+    fn all_that_is_handed_out_is_counted("") {
+        let device = CudaDevice::open(0).unwrap();
+        let mut last = device.allocations();
+        let mut made = |what: &str, expected: u64| {
+            let now = device.allocations();
+            assert_eq!(now - std::mem::replace(&mut last, now), expected, "{what}");
+        };
+        let [x, y] = [upload(&device, &numbers(8)), device.allocate(BYTES).unwrap()];
+        made("memory", 2);
+        let staging = pinned(&device, &numbers(9));
+        made("page-locked memory", 1);
+        let event = device.event().unwrap();
+        made("an event", 1);
+        relu(&device, [x, y], 0).unwrap();
+        device.begin_capture().unwrap();
+        relu(&device, [x, y], 0).unwrap();
+        let graph = device.end_capture().unwrap();
+        made("a graph", 1);
+        upload_later(&device, x, &*staging);
+        device.record(&event, Stream::Copy).unwrap();
+        device.wait(Stream::Compute, &event).unwrap();
+        device.replay(&graph).unwrap();
+        relu(&device, [x, y], 0).unwrap();
+        device.synchronize().unwrap();
+        device.free(x).unwrap();
+        made("work", 0);
+    }
+
     fn a_capture_refuses_what_a_graph_cannot_hold("") {
         let device = CudaDevice::open(0).unwrap();
         let [a, b] = [11, 12].map(|seed| upload(&device, &numbers(seed)));
@@ -405,6 +433,20 @@ under_fake_cuda! {
     /// The same with copies that come as early as they may.
     fn pipelined_steps_have_the_bits_of_the_cpu_when_copies_hurry("hurry=2") {
         steps_have_the_bits_of_the_cpu();
+    }
+
+    /// The memory of an executor starts as zeros, written on one stream; inputs come on another, here as early as they may.
+    fn the_first_inputs_are_not_zeroed("hurry=2") {
+        let device = Device::Cuda(Arc::new(CudaDevice::open(0).unwrap()));
+        let mut tape = Tape::new();
+        let x = tape.leaf("x", TensorDesc::new([N], DType::F32), Role::Input, false);
+        let y = tape.record(Relu, &[x]).unwrap()[0];
+        tape.keep(y);
+        let mut exec = device.executor(tape).unwrap();
+        exec.stage(x, bytemuck::cast_slice(&numbers(5))).unwrap();
+        exec.run_step().unwrap();
+        let expected: Vec<f64> = numbers(5).iter().map(|x| f64::from(x.max(0.0))).collect();
+        assert_eq!(exec.read(y).unwrap().to_f64(), expected);
     }
 
     /// Every op that has kernels of its own, through the executor.

@@ -9,8 +9,9 @@ use simsiam_engine::backend::cpu::Tier;
 use simsiam_engine::backend::cuda::emulator::{Emulator, Options};
 use simsiam_engine::exec::Device;
 use simsiam_engine::graph::{Role, Tape, ValueId, backward};
+use simsiam_engine::ops::batch_norm::pair::BatchNormPair;
 use simsiam_engine::ops::batch_norm::pooled::BatchNormMaxPool;
-use simsiam_engine::ops::batch_norm::{BatchNorm, Fusion, channel_desc};
+use simsiam_engine::ops::batch_norm::{BatchNorm, BatchNormStatistics, Fusion, channel_desc};
 use simsiam_engine::ops::pool::{GlobalAvgPool, MaxPool};
 use simsiam_engine::rng::Stream;
 use simsiam_engine::tensor::{DType, TensorDesc};
@@ -57,7 +58,8 @@ fn consumers(channels: usize, groups: usize) -> (Tape, Vec<ValueId>) {
     let parameter = channel_desc(channels, DType::F32);
     let x = tape.leaf("x", image.clone(), Role::Input, true);
     let residual = tape.leaf("residual", image, Role::Input, true);
-    let [gamma, beta] = ["gamma", "beta"].map(|name| tape.leaf(name, parameter.clone(), Role::Input, true));
+    let [gamma, beta, gamma_r, beta_r] =
+        ["gamma", "beta", "gamma_r", "beta_r"].map(|name| tape.leaf(name, parameter.clone(), Role::Input, true));
     let state = ["running_mean", "running_var"].map(|name| tape.leaf(name, parameter.clone(), Role::State, false));
     let tracked = tape.leaf("num_batches_tracked", TensorDesc::new([], DType::I64), Role::State, false);
 
@@ -69,6 +71,11 @@ fn consumers(channels: usize, groups: usize) -> (Tape, Vec<ValueId>) {
         let op = BatchNorm { groups, eps: 1e-5, momentum: 0.1, fusion, sums_given: false, means: false };
         outputs.push(tape.record_updating(op, &inputs, &[state[0], state[1], tracked]).unwrap()[0]);
     }
+    let updates = [state[0], state[1], tracked];
+    let statistics = BatchNormStatistics::new(groups, 1e-5, 0.1, false);
+    let of_r = tape.record_updating(statistics, &[residual], &updates).unwrap();
+    let inputs = [x, gamma, beta, residual, of_r[0], of_r[1], gamma_r, beta_r];
+    outputs.push(tape.record_updating(BatchNormPair::new(groups, 1e-5, 0.1, false), &inputs, &updates).unwrap()[0]);
     for (kernel, stride, padding) in [(3, 2, 1), (4, 3, 2)] {
         outputs.push(tape.record_one(MaxPool { kernel, stride, padding }, &[x]).unwrap());
     }
@@ -85,7 +92,8 @@ fn consumers(channels: usize, groups: usize) -> (Tape, Vec<ValueId>) {
         })
         .collect();
     let gradients = backward(&mut tape, &seeds).unwrap();
-    let results: Vec<ValueId> = [x, residual, gamma, beta].iter().map(|leaf| tape.keep(gradients[leaf])).collect();
+    let leaves = [x, residual, gamma, beta, gamma_r, beta_r];
+    let results: Vec<ValueId> = leaves.iter().map(|leaf| tape.keep(gradients[leaf])).collect();
     (tape, results)
 }
 
@@ -98,9 +106,8 @@ fn gradients_of_several_consumers_add_up() {
         };
         let expected = run_on(&cpu());
         for device in [emulated(0), emulated(5)] {
-            for (name, (got, expected)) in
-                ["x", "residual", "gamma", "beta"].iter().zip(run_on(&device).iter().zip(&expected))
-            {
+            let names = ["x", "residual", "gamma", "beta", "gamma_r", "beta_r"];
+            for (name, (got, expected)) in names.iter().zip(run_on(&device).iter().zip(&expected)) {
                 let scale = expected.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
                 let close = got.iter().zip(expected).all(|(g, e)| (g - e).abs() <= 1e-6 * scale);
                 assert!(scale > 0.1 && close, "d_{name} with {channels} channels in {groups} groups");

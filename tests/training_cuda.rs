@@ -104,6 +104,18 @@ fn killed_and_resumed_equals_uninterrupted_in_bf16() {
     assert!(bench.last_checkpoint("killed") == bench.last_checkpoint("whole"), "the last checkpoints differ");
 }
 
+/// A device has not run a step when it was given one: what counts is when it is done.
+#[test]
+fn the_speed_is_that_of_steps_that_are_done() {
+    let bench = Bench::new();
+    bench.finish("speed", "--device cuda-emulated");
+    let lines = metrics::read(&bench.run_path("speed").join("metrics.jsonl")).unwrap();
+    let seconds: Vec<f64> = lines.iter().map(|line| 32.0 / line.timing.images_per_s).collect();
+    let mean = seconds.iter().sum::<f64>() / seconds.len() as f64;
+    // However busy the machine is, no step takes next to nothing.
+    assert!(seconds.len() == 12 && seconds.iter().all(|s| *s > mean / 30.0), "{seconds:?}");
+}
+
 #[test]
 fn neither_graph_nor_check_nor_unlucky_order_changes_a_bit() {
     let bench = Bench::new();
@@ -231,13 +243,16 @@ fn too_little_memory_names_the_batch_that_fits_and_leaves_nothing() {
 #[test]
 fn a_loss_that_is_not_finite_ends_the_run_with_one_sentence() {
     let bench = Bench::new();
+    let mut steps = Vec::new();
     for options in ["", "--no-graph", "--check"] {
         let run = format!("diverges{options}");
         let options = format!("--device cuda-emulated --dtype bf16 --base-lr 1e30 {options}");
         let message = error_of(&bench.command(&run, &options).output().unwrap());
         assert!(message.contains("is not finite; first bad node: ") && message.contains("hint: lower"), "{message}");
         weights_are_finite(&bench.run_path(&run));
+        steps.push(message.split_once("step ").map(|(_, rest)| rest.split(' ').next().unwrap_or("").to_string()));
     }
+    assert!(steps[0].is_some() && steps.iter().all(|step| *step == steps[0]), "{steps:?}");
 }
 
 /// Every checkpoint that was written can be gone on from.
@@ -254,7 +269,9 @@ fn weights_are_finite(run: &Path) {
 #[test]
 fn every_node_agrees_with_the_cpu_and_every_replay_with_a_launch() {
     let lockstep = common::succeed(&["selftest", "--device", "cuda-emulated", "--lockstep"]);
-    assert!(lockstep.ends_with("all 4 steps agree with the CPU\n"), "{lockstep}");
+    assert!(lockstep.ends_with("all 7 checks passed: steps and augmentation agree with the CPU\n"), "{lockstep}");
     let replay = common::succeed(&["selftest", "--device", "cuda-emulated", "--replay", "5"]);
-    assert!(replay.ends_with("all 3 runs are the same launched and replayed\n"), "{replay}");
+    let passed = |what: &str| replay.lines().filter(|line| line.starts_with("pass ") && line.contains(what)).count();
+    // In three element types, replayed and launched.
+    assert_eq!((passed("every bit is the same"), passed("no allocation after step 2 (3 steps), ")), (3, 6), "{replay}");
 }

@@ -40,8 +40,9 @@ CAPTURED = ("graph", "compile-graph")
 # Element type of autocast; none: float32 throughout.
 DTYPES = {"f32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LARGEST = "largest"
-# What a batch that is to be the largest is a multiple of, and by how much it shrinks when it does not fit after all.
-BATCH_STEP, SHRINK, TRIES = 8, 0.96, 6
+# What a batch that is to be the largest is a multiple of, the share of the memory that it is to take (another attempt means to
+# compile again), and by how much it shrinks when it does not fit after all.
+BATCH_STEP, FILLED, SHRINK, TRIES = 8, 0.95, 0.95, 4
 
 
 def parse_args():
@@ -186,7 +187,7 @@ def timed(args, step):
     return [start.elapsed_time(end) / 1e3 / args.per_round for start, end in itertools.pairwise(events)], loss.item()
 
 
-def report(args, mode, dtype, batch, seconds, loss):
+def report(args, step, mode, dtype, batch, seconds, loss):
     median = statistics.median(seconds)
     # Half the distance between the quartiles: one disturbed step does not move it.
     quartiles = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [median] * 3
@@ -211,7 +212,10 @@ def report(args, mode, dtype, batch, seconds, loss):
     }
     if args.device == "cuda":
         free, total = torch.cuda.mem_get_info()
+        # What lies there between steps, whatever the batch: weights, their gradients, momenta.
+        views = sum(view.numel() * view.element_size() for view in step.views)
         result |= {
+            "fixed_bytes": torch.cuda.memory_allocated() - views,
             "cudnn": torch.backends.cudnn.version(),
             "peak_device_bytes": torch.cuda.max_memory_allocated(),
             "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
@@ -240,30 +244,27 @@ def measure(args, backbone, mode, dtype, batch):
     seconds, loss = timed(args, step)
     if loss != loss:
         raise ArithmeticError("the loss became NaN")
-    result = report(args, mode, dtype, batch, seconds, loss)
+    result = report(args, step, mode, dtype, batch, seconds, loss)
     result["prepare_s"] = time.perf_counter() - started - sum(seconds) * args.per_round
     return result
 
 
 def largest(args, backbone, mode, dtype, done):
-    """The report of the largest batch that fits, and what was tried.
+    """The report of the largest batch that fits.
 
-    Memory grows in proportion to the batch: from two sizes it is known how many images fill the device.
+    Memory beside what is fixed grows in proportion to the batch: from one size it is known how many images fill the device. More
+    sizes would tell it better, but each is compiled anew.
     """
-    known = [r for r in done if (r["mode"], r["dtype"]) == (mode, dtype)]
-    for batch in (32, 64):
-        if len({r["batch"] for r in known}) < 2 and batch not in {r["batch"] for r in known}:
-            known.append(measure(args, backbone, mode, dtype, batch))
-    known.sort(key=lambda r: r["batch"])
+    known = max((r for r in done if (r["mode"], r["dtype"]) == (mode, dtype)), key=lambda r: r["batch"], default=None)
+    known = known or measure(args, backbone, mode, dtype, 64)
     clean_up(args)
-    (n0, m0), (n1, m1) = [(r["batch"], r["peak_reserved_bytes"]) for r in (known[0], known[-1])]
-    per_image = (m1 - m0) / (n1 - n0)
+    per_image = (known["peak_reserved_bytes"] - known["fixed_bytes"]) / known["batch"]
     room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    batch = n1 + (0.97 * room - m1) / per_image
+    batch = (FILLED * room - known["fixed_bytes"]) / per_image
     for _ in range(TRIES):
         whole = max(int(batch) // BATCH_STEP * BATCH_STEP, BATCH_STEP)
         try:
-            return measure(args, backbone, mode, dtype, whole)
+            return measure(args, backbone, mode, dtype, whole) | {"largest": True}
         except RuntimeError as error:
             # A capture that finds no memory says so in other words than an allocation.
             if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error).lower():

@@ -50,6 +50,10 @@ pub struct EpilogueArgs {
     /// false; with --resume, as before].
     #[arg(long, value_name = "BOOL")]
     fuse_pooling: Option<bool>,
+    /// Whether the last batch norm of a block and that of its projection shortcut are one kernel, which moves fewer bytes and
+    /// changes no bit [default: true; with --resume, as before].
+    #[arg(long, value_name = "BOOL")]
+    fuse_shortcut: Option<bool>,
 }
 
 impl EpilogueArgs {
@@ -60,6 +64,7 @@ impl EpilogueArgs {
             bn: self.bn.clone().unwrap_or(before.bn),
             residual_gradient: self.residual_gradient.clone().unwrap_or(before.residual_gradient),
             fuse_pooling: self.fuse_pooling.unwrap_or(before.fuse_pooling),
+            fuse_shortcut: self.fuse_shortcut.unwrap_or(before.fuse_shortcut),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -131,10 +131,24 @@ impl NodeCost {
     }
 }
 
+/// One step node by node, and right after it one as training runs it: what disturbs the machine meanwhile disturbs both.
+struct Round {
+    nodes: Vec<Duration>,
+    /// Until the host had them all; a GPU was at work on another step before.
+    wall: Duration,
+    step: Duration,
+}
+
+impl Round {
+    fn nodes_s(&self) -> f64 {
+        self.nodes.iter().sum::<Duration>().as_secs_f64()
+    }
+}
+
 /// Everything there is to tell.
 struct Profile {
     workload: Workload,
-    rounds: usize,
+    rounds: Vec<Round>,
     /// Nodes that run, in the tape's order.
     nodes: Vec<NodeCost>,
     total: Cost,
@@ -151,13 +165,13 @@ impl Profile {
         let on_gpu = usize::from(workload.device.is_gpu());
         let (rounds, warmup) = (args.steps.unwrap_or(ROUNDS[on_gpu]), args.warmup.unwrap_or(WARMUP[on_gpu]));
         steps.run(warmup)?;
-        let times = time_nodes(&mut steps, rounds, workload.device.is_gpu())?;
-        let mut seconds = (0..rounds).map(|_| Ok(steps.run(1)?.as_secs_f64())).collect::<Result<Vec<f64>>>()?;
-        seconds.sort_by(f64::total_cmp);
+        let on_gpu = workload.device.is_gpu();
+        let rounds = (0..rounds).map(|_| time_round(&mut steps, on_gpu)).collect::<Result<Vec<Round>>>()?;
+        let step = quartiles_of(rounds.iter().map(|round| round.step));
         let (loss, planned) = (steps.finite_loss()?, steps.planned_bytes());
-        let nodes = node_costs(&*steps.executor, &workload.peaks, &times);
+        let nodes = node_costs(&*steps.executor, &workload.peaks, &rounds);
         let total = Cost::sum(nodes.iter().map(|node| &node.cost));
-        Ok(Profile { workload, rounds, nodes, total, step: quartiles(&seconds), loss, planned })
+        Ok(Profile { workload, rounds, nodes, total, step, loss, planned })
     }
 
     /// Sums over the nodes of each kind of op and phase, the slowest first.
@@ -249,11 +263,15 @@ impl Profile {
             merged(what, cost.json(total))
         });
         let [lower, step, upper] = self.step;
+        let rounds = self.rounds.iter().map(|round| {
+            let [wall, step] = [round.wall, round.step].map(|time| time.as_secs_f64());
+            json!({ "nodes_s": round.nodes_s(), "wall_s": wall, "step_s": step })
+        });
         let (mfu, mfu_of_given) = workload.peaks.mfu(workload.flops, step);
         merged(
             workload.json(),
             json!({
-                "rounds": self.rounds,
+                "rounds": rounds.collect::<Vec<_>>(),
                 "planned_bytes": self.planned,
                 "step_s": step, "step_lower_quartile_s": lower, "step_upper_quartile_s": upper,
                 "images_per_s": self.images_a_second(), "mfu": mfu, "mfu_of_given_peak": mfu_of_given,
@@ -293,32 +311,36 @@ impl Profile {
     }
 }
 
-/// Times of every node, round by round.
-fn time_nodes(steps: &mut Synthetic, rounds: usize, on_gpu: bool) -> Result<Vec<Vec<Duration>>> {
-    let executor = &mut *steps.executor;
-    let mut times = vec![Vec::with_capacity(rounds); executor.tape().nodes().len()];
-    for _ in 0..rounds {
-        // While a GPU is at work on this step, the nodes of the next queue up, and it need not wait for any of them.
-        if on_gpu {
-            executor.run_step()?;
-        }
-        times.iter_mut().zip(executor.run_timed()?).for_each(|(of_node, time)| of_node.push(time));
+fn time_round(steps: &mut Synthetic, on_gpu: bool) -> Result<Round> {
+    // While a GPU is at work on this step, the nodes of the next queue up, and it need not wait for any of them.
+    if on_gpu {
+        steps.executor.run_step()?;
     }
-    Ok(times)
+    let start = Instant::now();
+    let nodes = steps.executor.run_timed()?;
+    let wall = start.elapsed();
+    Ok(Round { nodes, wall, step: steps.run(1)? })
 }
 
-fn node_costs(executor: &dyn Executor, peaks: &Peaks, times: &[Vec<Duration>]) -> Vec<NodeCost> {
+/// Quartiles of times, in seconds.
+fn quartiles_of(times: impl Iterator<Item = Duration>) -> [f64; 3] {
+    let mut seconds: Vec<f64> = times.map(|time| time.as_secs_f64()).collect();
+    seconds.sort_by(f64::total_cmp);
+    quartiles(&seconds)
+}
+
+fn node_costs(executor: &dyn Executor, peaks: &Peaks, rounds: &[Round]) -> Vec<NodeCost> {
     let (tape, roofline) = (executor.tape(), peaks.roofline());
-    let cost = |(index, (entry, times)): (usize, (&Entry, &Vec<Duration>))| {
-        let mut seconds: Vec<f64> = times.iter().map(Duration::as_secs_f64).collect();
-        seconds.sort_by(f64::total_cmp);
-        let [_, median, _] = quartiles(&seconds);
+    let cost = |(index, entry): (usize, &Entry)| {
+        let times = || rounds.iter().map(|round| round.nodes[index]);
+        let [_, median, _] = quartiles_of(times());
+        let fastest = times().min().unwrap_or_default().as_secs_f64();
         let (bytes, flops) = (entry.traffic.total(), entry.flops);
         let cost = Cost { nodes: 1, time: median, bytes, flops, floor: roofline.seconds(bytes, flops) };
         let node = &tape.nodes()[index];
-        NodeCost { index, name: node.name.clone(), op: node.op.name(), phase: node.phase, cost, fastest: seconds[0] }
+        NodeCost { index, name: node.name.clone(), op: node.op.name(), phase: node.phase, cost, fastest }
     };
     let entries = ledger::entries(tape, executor.plan());
-    let nodes = entries.iter().zip(times).enumerate();
+    let nodes = entries.iter().enumerate();
     nodes.filter(|(index, _)| !tape.nodes()[*index].op.is_view()).map(cost).collect()
 }

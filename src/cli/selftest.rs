@@ -22,10 +22,12 @@ pub struct SelftestArgs {
     /// Element type of the activations [default: every one that the device computes in].
     #[arg(long, value_enum)]
     dtype: Option<Precision>,
-    /// Instead of goldens: train N steps replaying a CUDA graph and N launching node by node; every bit must be the same.
+    /// Instead of goldens: train N steps replaying a CUDA graph and N launching node by node; every bit must be the same, and
+    /// nothing may be allocated after the second step.
     #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "200", conflicts_with_all = ["golden", "lockstep"])]
     replay: Option<usize>,
-    /// Instead of goldens: run a step on the device and on the CPU node by node, and name the first node that diverges.
+    /// Instead of goldens: run a step on the device and on the CPU node by node, and name the first node that diverges; and make
+    /// augmented views on both, which must have the same bits.
     #[arg(long, conflicts_with = "golden")]
     lockstep: bool,
     /// How the views of training steps go through the network: together, or sequential, one after the other.
@@ -58,7 +60,10 @@ pub fn run(args: SelftestArgs) -> Result<()> {
     let failed: Vec<&str> = outcomes.iter().filter(|o| !o.passed()).map(|o| o.name.as_str()).collect();
     if !failed.is_empty() {
         let (n, all) = (failed.len(), outcomes.len());
-        let what = if args.replay.is_some() || args.lockstep { "runs" } else { "files" };
+        let what = match (args.replay, args.lockstep) {
+            (None, false) => "files",
+            _ => "checks",
+        };
         return Err(Error::Mismatch(format!("selftest: {n} of {all} {what} failed: {}", failed.join(", "))));
     }
     if let Some(error) = device.missing_libraries() {
@@ -66,8 +71,8 @@ pub fn run(args: SelftestArgs) -> Result<()> {
         return Err(Error::Unsupported { what, hint: None });
     }
     let with = match (args.replay, args.lockstep) {
-        (Some(_), _) => "runs are the same launched and replayed",
-        (_, true) => "steps agree with the CPU",
+        (Some(_), _) => "checks passed: runs are the same launched and replayed, and allocate nothing once they go",
+        (_, true) => "checks passed: steps and augmentation agree with the CPU",
         _ => "files agree with PyTorch",
     };
     print(|out| writeln!(out, "all {} {with}", outcomes.len()))
@@ -93,5 +98,5 @@ fn dtypes(device: &Device, asked: Option<Precision>) -> Result<Vec<DType>> {
 fn line(outcome: &Outcome) -> String {
     let verdict = if outcome.passed() { "pass" } else { "FAIL" };
     let Outcome { name, compared, worst } = outcome;
-    format!("{verdict}  {name}: {compared}; worst at {:.3} of the tolerance: {}", worst.ratio, worst.what)
+    format!("{verdict}  {name}: {compared}; {worst}")
 }

@@ -207,7 +207,7 @@ impl Workload {
             "fuse_statistics": self.epilogues.statistics.to_string(),
             "bn_gram": self.epilogues.gram.to_string(),
             "residual_gradient": self.epilogues.residual_gradient.to_string(),
-            "fuse_pooling": self.epilogues.pooling,
+            "fuse_pooling": self.epilogues.pooling, "fuse_shortcut": self.epilogues.shortcut,
             "views": self.memory.views, "memory_budget": self.memory.budget,
             "flops_per_step": self.flops, "ceilings": self.peaks.json(),
         })

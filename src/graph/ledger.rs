@@ -37,6 +37,12 @@ impl Traffic {
         Traffic { read: self.read + tensor.bytes() as u64, ..self }
     }
 
+    /// With `tensor` read once less.
+    #[must_use]
+    pub fn sparing(self, tensor: &TensorDesc) -> Traffic {
+        Traffic { read: self.read - tensor.bytes() as u64, ..self }
+    }
+
     /// With so many bytes written, and read again.
     #[must_use]
     pub fn staging(self, bytes: usize) -> Traffic {

@@ -6,8 +6,9 @@ use crate::error::Result;
 use crate::graph::{Role, Tape, ValueId};
 use crate::nn::epilogues::Epilogues;
 use crate::nn::params::{Init, ParamGroup, ParamInfo};
+use crate::ops::batch_norm::pair::BatchNormPair;
 use crate::ops::batch_norm::pooled::BatchNormMaxPool;
-use crate::ops::batch_norm::{BatchNorm, BatchNormEval, Fusion, channel_desc};
+use crate::ops::batch_norm::{BatchNorm, BatchNormEval, BatchNormStatistics, Fusion, channel_desc};
 use crate::ops::cast::Cast;
 use crate::ops::conv2d::Conv2d;
 use crate::ops::gram_norm::{self, Layer, Operands};
@@ -44,7 +45,7 @@ pub struct Norm {
     pub residual: Option<ValueId>,
     /// Whether the means of its output are wanted, by a layer of [`Builder::is_gram`] behind it.
     pub means: bool,
-    /// Start value of gamma: 0 for the last one of a residual block.
+    /// Start value of gamma.
     pub gamma: f64,
 }
 
@@ -53,6 +54,8 @@ impl Norm {
     pub const PLAIN: Norm = Norm { affine: true, relu: false, residual: None, means: false, gamma: 1.0 };
     /// Affine with ReLU.
     pub const RELU: Norm = Norm { relu: true, ..Norm::PLAIN };
+    /// The last one of a residual block, which starts with gamma 0.
+    pub const LAST: Norm = Norm { gamma: 0.0, ..Norm::RELU };
 }
 
 /// The result of a convolution that only a batch norm reads.
@@ -221,6 +224,37 @@ impl<'t> Builder<'t> {
         let mean = self.means.get(&x).copied();
         let operands = Operands { z: x, mean, w, gamma: affine[0], beta: affine[1], residual: norm.residual, running };
         self.tape.scoped(conv, |tape| gram_norm::record(tape, layer, &operands))
+    }
+
+    /// The batch norms of two convolutions, of which the second is the way around a block, their sum and the ReLU; `names` are
+    /// those of each convolution and its batch norm. The first one starts with gamma 0.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn norm_of_pair(&mut self, names: [[&str; 2]; 2], y: Convolved, r: Convolved) -> Result<ValueId> {
+        if let (Convolved::Formed(x), Convolved::Formed(r), Mode::Train { groups }, true) =
+            (y, r, self.mode, self.epilogues.shortcut)
+        {
+            return self.batch_norm_pair([names[0][1], names[1][1]], x, r, groups);
+        }
+        let residual = Some(self.norm_of(names[1], r, Norm::PLAIN)?);
+        self.norm_of(names[0], y, Norm { residual, ..Norm::LAST })
+    }
+
+    fn batch_norm_pair(&mut self, [of_x, of_r]: [&str; 2], x: ValueId, r: ValueId, groups: usize) -> Result<ValueId> {
+        let channels = self.tape.desc(x).shape.channels();
+        let (affine_r, updates_r) = self.batch_norm_leaves(of_r, channels, Norm::PLAIN);
+        let (affine, updates) = self.batch_norm_leaves(of_x, channels, Norm::LAST);
+        let [sums, sums_r] = [x, r].map(|convolved| self.sums.get(&convolved).copied());
+
+        let op = BatchNormStatistics::new(groups, EPS, MOMENTUM, sums_r.is_some());
+        let inputs: Vec<ValueId> = [r].into_iter().chain(sums_r).collect();
+        let statistics = self.tape.scoped(of_r, |tape| tape.record_updating(op, &inputs, &updates_r))?;
+
+        let op = BatchNormPair::new(groups, EPS, MOMENTUM, sums.is_some());
+        let of_r = [r].into_iter().chain(statistics).chain(affine_r);
+        let inputs: Vec<ValueId> = [x].into_iter().chain(affine).chain(of_r).chain(sums).collect();
+        self.tape.scoped(of_x, |tape| Ok(tape.record_updating(op, &inputs, &updates)?[0]))
     }
 
     /// A fully connected layer.

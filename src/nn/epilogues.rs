@@ -164,6 +164,8 @@ pub struct Epilogues {
     pub residual_gradient: ResidualGradient,
     /// Whether the stem's batch norm and the max pooling behind it are one op, which takes less memory.
     pub pooling: bool,
+    /// Whether the last batch norm of a block and that of its projection shortcut are one op, which reads and writes less.
+    pub shortcut: bool,
 }
 
 impl Default for Epilogues {
@@ -173,6 +175,7 @@ impl Default for Epilogues {
             gram: Layers::NONE,
             residual_gradient: ResidualGradient::default(),
             pooling: false,
+            shortcut: true,
         }
     }
 }

@@ -195,8 +195,14 @@ impl ResNet {
             y = b.batch_norm(&format!("{name}.bn{}", i + 1), y, Norm { means, ..Norm::RELU })?;
         }
         let y = b.conv_to_norm(&conv, y, last.0, last.1)?;
-        let residual = Some(shortcut.record(b, name, c_out)?);
-        b.norm_of([&conv, &norm], y, Norm { residual, gamma: 0.0, ..Norm::RELU })
+        match shortcut {
+            Shortcut::Identity(x) => b.norm_of([&conv, &norm], y, Norm { residual: Some(x), ..Norm::LAST }),
+            Shortcut::Projection { x, stride } => {
+                let names = [format!("{name}.downsample.0"), format!("{name}.downsample.1")];
+                let r = b.conv_to_norm(&names[0], x, c_out, [1, stride, 0])?;
+                b.norm_of_pair([[&conv, &norm], [&names[0], &names[1]]], y, r)
+            }
+        }
     }
 }
 
@@ -222,15 +228,5 @@ impl Shortcut {
             true => Ok(Shortcut::Projection { x: b.subsample(&conv, x, stride)?, stride: 1 }),
             false => Ok(Shortcut::Projection { x, stride }),
         }
-    }
-
-    fn record(self, b: &mut Builder<'_>, name: &str, c_out: usize) -> Result<ValueId> {
-        let (x, stride) = match self {
-            Shortcut::Identity(x) => return Ok(x),
-            Shortcut::Projection { x, stride } => (x, stride),
-        };
-        let (conv, norm) = (format!("{name}.downsample.0"), format!("{name}.downsample.1"));
-        let y = b.conv_to_norm(&conv, x, c_out, [1, stride, 0])?;
-        b.norm_of([&conv, &norm], y, Norm::PLAIN)
     }
 }

@@ -18,11 +18,10 @@ pub(super) fn sums_desc(x: &TensorDesc, groups: usize) -> TensorDesc {
 fn column_sums<T: Real>(io: &mut CpuIo<'_>, groups: usize, factor: f64) {
     let (desc, x) = (io.inputs[0].desc, io.inputs[0].get::<T>());
     let (rows, channels) = (desc.shape.rows() / groups, desc.shape.channels());
-    let sums = group_sums::<T>(io.workspace, (groups, rows, channels), |_, row, [first, _], _| {
-        first.iter_mut().zip(&x[row * channels..]).for_each(|(sum, x)| *sum += *x);
+    let sums = group_sums::<T, 1>(io.workspace, (groups, rows, channels), |_, row, [sums], _| {
+        sums.iter_mut().zip(&x[row * channels..]).for_each(|(sum, x)| *sum += *x);
     });
-    let of_groups = sums.chunks(2 * channels).flat_map(|of_group| &of_group[..channels]);
-    io.outputs[0].get::<T>().iter_mut().zip(of_groups).for_each(|(out, sum)| *out = T::of(sum * factor));
+    io.outputs[0].get::<T>().iter_mut().zip(&sums).for_each(|(out, sum)| *out = T::of(sum * factor));
 }
 
 /// The sums of the columns of each group, or their means: input x, output `[groups, c]`. Made for who has a gradient of the
@@ -60,7 +59,7 @@ impl Op for GroupSums {
     }
 
     fn workspace(&self, inputs: &[&TensorDesc]) -> usize {
-        workspace_bytes(inputs[0].shape.channels(), self.groups)
+        workspace_bytes(1, inputs[0].shape.channels(), self.groups)
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {

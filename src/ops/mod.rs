@@ -35,6 +35,7 @@ pub fn cuda_kernels() -> Vec<&'static Kernel> {
     [
         augment::cuda::KERNELS,
         batch_norm::cuda::KERNELS,
+        batch_norm::pair::cuda::KERNELS,
         batch_norm::pooled::cuda::KERNELS,
         bias::cuda::KERNELS,
         conv2d::stem::KERNELS,

@@ -1,10 +1,12 @@
 //! `selftest`: replays goldens made by PyTorch (tools/golden.py) on the chosen device.
 
+mod augmentation;
 mod device_checks;
 mod op_table;
 mod trajectory;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 pub use device_checks::{lockstep, replays};
@@ -57,6 +59,11 @@ pub struct Worst {
 }
 
 impl Worst {
+    /// Of what has no tolerance: it is right, or it is not.
+    fn exact(right: bool, what: String) -> Worst {
+        Worst { ratio: if right { 0.0 } else { f64::INFINITY }, what }
+    }
+
     /// Takes note of an error and its tolerance.
     fn observe(&mut self, what: impl FnOnce() -> String, error: f64, tolerance: f64) {
         let ratio = if error == 0.0 { 0.0 } else { error / tolerance };
@@ -64,6 +71,15 @@ impl Worst {
         if ratio > self.ratio || self.what.is_empty() {
             let what = format!("{}: error {error:.2e}, allowed {tolerance:.2e}", what());
             *self = Worst { ratio: ratio.max(self.ratio), what };
+        }
+    }
+}
+
+impl fmt::Display for Worst {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.ratio > 0.0 && self.ratio.is_finite() {
+            true => write!(f, "worst at {:.3} of the tolerance: {}", self.ratio, self.what),
+            false => f.write_str(&self.what),
         }
     }
 }

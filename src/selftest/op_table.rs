@@ -13,7 +13,8 @@ use super::{Golden, Worst};
 use crate::error::{Error, Result};
 use crate::exec::Device;
 use crate::graph::{Role, Tape, ValueId, backward, builtin};
-use crate::ops::batch_norm::{BatchNorm, BatchNormEval, Fusion};
+use crate::ops::batch_norm::pair::BatchNormPair;
+use crate::ops::batch_norm::{BatchNorm, BatchNormEval, BatchNormStatistics, Fusion};
 use crate::ops::bias::AddBias;
 use crate::ops::conv2d::{Conv2d, gradient_dtype};
 use crate::ops::cosine_loss::CosineLoss;
@@ -87,7 +88,8 @@ impl Case {
         // What is added to a product is like its result.
         let widened = matches!(self.op, OpCase::Matmul(MatmulCase { widened: true, .. }));
         let others = [("b", has_bias), ("w", has_weight), ("addend", widened)];
-        MASTER.contains(&tensor) || others.contains(&(tensor, true))
+        let of_either_branch = tensor.strip_suffix("_r").unwrap_or(tensor);
+        MASTER.contains(&of_either_branch) || others.contains(&(tensor, true))
     }
 }
 
@@ -97,6 +99,7 @@ enum OpCase {
     Conv2d { stride: [usize; 2], padding: [usize; 2] },
     BatchNorm { groups: usize, eps: f64, momentum: f64, relu: bool, residual: bool, affine: bool },
     ConvNorm { groups: usize, eps: f64, momentum: f64, relu: bool, residual: bool, stride: usize },
+    BatchNormPair { groups: usize, eps: f64, momentum: f64 },
     BatchNormEval { eps: f64, relu: bool, residual: bool, affine: bool },
     Relu,
     MaxPool { kernel: usize, stride: usize, padding: usize },
@@ -215,6 +218,7 @@ impl Replay<'_> {
                 let fusion = Fusion { affine, residual, relu };
                 self.batch_norm(BatchNorm { groups, eps, momentum, fusion, sums_given: false, means: false })
             }
+            OpCase::BatchNormPair { groups, eps, momentum } => self.batch_norm_pair(groups, eps, momentum),
             OpCase::ConvNorm { groups, eps, momentum, relu, residual, stride } => {
                 self.conv_norm(Layer { groups, eps, momentum, relu }, stride, residual)
             }
@@ -283,8 +287,7 @@ impl Replay<'_> {
         let names: Vec<&str> = ["x"].into_iter().chain(optional_names(op.fusion.affine, op.fusion.residual)).collect();
         let inputs = self.inputs(&names, Role::Input)?;
         let mut state = self.inputs(&["running_mean", "running_var"], Role::State)?;
-        let tracked = self.tape.leaf("num_batches_tracked", TensorDesc::new([], DType::I64), Role::State, false);
-        self.leaves.push((tracked, vec![0.0]));
+        let tracked = self.tracked();
         let updates = [state[0].1, state[1].1, tracked];
         let inputs_only: Vec<ValueId> = inputs.iter().map(|(_, v)| *v).collect();
         let recorded = self.tape.record_updating(op, &inputs_only, &updates)?;
@@ -292,13 +295,34 @@ impl Replay<'_> {
         self.differentiate(&inputs, &["y", "mean", "rstd"], &recorded)
     }
 
+    /// The sum of two batch norms, of which the second one's statistics are an op of their own.
+    fn batch_norm_pair(&mut self, groups: usize, eps: f64, momentum: f64) -> Result<()> {
+        let inputs = self.inputs(&["x", "gamma", "beta", "r", "gamma_r", "beta_r"], Role::Input)?;
+        let state = self.inputs(&["running_mean", "running_var", "running_mean_r", "running_var_r"], Role::State)?;
+        let [x, gamma, beta, r, gamma_r, beta_r] = [0, 1, 2, 3, 4, 5].map(|i| inputs[i].1);
+        let [of_x, of_r] = [0, 2].map(|first| [state[first].1, state[first + 1].1, self.tracked()]);
+        let statistics = BatchNormStatistics::new(groups, eps, momentum, false);
+        let of_r = self.tape.record_updating(statistics, &[r], &of_r)?;
+        let op = BatchNormPair::new(groups, eps, momentum, false);
+        let recorded = self.tape.record_updating(op, &[x, gamma, beta, r, of_r[0], of_r[1], gamma_r, beta_r], &of_x)?;
+        self.results.extend(state.into_iter().map(|(name, value)| (format!("out/{name}"), value)));
+        self.compare_outputs(&["mean_r", "rstd_r"], &of_r);
+        self.differentiate(&inputs, &["y", "mean", "rstd"], &recorded)
+    }
+
+    /// The number of batches that a batch norm has seen.
+    fn tracked(&mut self) -> ValueId {
+        let tracked = self.tape.leaf("num_batches_tracked", TensorDesc::new([], DType::I64), Role::State, false);
+        self.leaves.push((tracked, vec![0.0]));
+        tracked
+    }
+
     /// A 1x1 convolution and its batch norm, by the covariance of the input.
     fn conv_norm(&mut self, layer: Layer, stride: usize, residual: bool) -> Result<()> {
         let names: Vec<&str> = ["x", "w", "gamma", "beta"].into_iter().chain(residual.then_some("residual")).collect();
         let inputs = self.inputs(&names, Role::Input)?;
         let state = self.inputs(&["running_mean", "running_var"], Role::State)?;
-        let tracked = self.tape.leaf("num_batches_tracked", TensorDesc::new([], DType::I64), Role::State, false);
-        self.leaves.push((tracked, vec![0.0]));
+        let tracked = self.tracked();
         let [x, w, gamma, beta] = [0, 1, 2, 3].map(|i| inputs[i].1);
         let z = if stride == 1 { x } else { self.tape.record_one(Subsample { stride }, &[x])? };
         let (residual, running) = (inputs.get(4).map(|(_, value)| *value), [state[0].1, state[1].1, tracked]);

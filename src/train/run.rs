@@ -280,7 +280,7 @@ impl<'a> Run<'a> {
         let step = self.trainer.started();
         let batch = loader.next_batch()?;
         self.trainer.start_step(&batch)?;
-        self.clock.step(self.config.recipe.batch, batch.wait);
+        self.clock.waited += batch.wait;
         drop(batch);
         let save = self.checkpoint_due();
         let looked_at = save || self.rank_due(step) || self.ends_epoch(step);
@@ -308,6 +308,7 @@ impl<'a> Run<'a> {
 
     /// Measures, shows and logs a finished step.
     fn observe(&mut self, step: u64, report: StepReport, progress: &mut Progress) -> Result<()> {
+        self.clock.step(self.config.recipe.batch);
         let rank = self.rank_due(step).then(|| self.trainer.effective_rank()).transpose()?;
         for warning in self.monitor.observe(report.z_std, rank) {
             progress.note(&format!("warning: step {step}: {warning}"));
@@ -363,7 +364,7 @@ impl<'a> Run<'a> {
             epoch: self.schedule.epoch(step),
             loss: report.loss,
             z_std: report.z_std,
-            images_per_s: self.clock.images_per_s,
+            images_per_s: self.clock.images_per_s(),
             data_wait_share: self.clock.wait_share(),
         }
     }
@@ -422,11 +423,13 @@ fn check_order(state: &TrainState, config: &RunConfig) -> Result<()> {
     Err(Error::config("shuffle_window", what).with_hint(hint))
 }
 
-/// Speed and waiting, without the pauses for checkpoints and probes.
+/// Speed and waiting, without the pauses for checkpoints and probes. Steps count when they are finished: a device is given the
+/// next one long before.
 #[derive(Debug)]
 struct Clock {
     last_step: Instant,
-    images_per_s: f64,
+    /// Of late, of an image; none before the first step.
+    seconds: Option<f64>,
     images: usize,
     busy: Duration,
     waited: Duration,
@@ -435,7 +438,7 @@ struct Clock {
 impl Clock {
     fn new() -> Clock {
         let zero = Duration::ZERO;
-        Clock { last_step: Instant::now(), images_per_s: 0.0, images: 0, busy: zero, waited: zero }
+        Clock { last_step: Instant::now(), seconds: None, images: 0, busy: zero, waited: zero }
     }
 
     /// Starts the next step's time now.
@@ -443,17 +446,18 @@ impl Clock {
         self.last_step = Instant::now();
     }
 
-    fn step(&mut self, images: usize, waited: Duration) {
+    fn step(&mut self, images: usize) {
         let took = self.last_step.elapsed();
         self.last_step = Instant::now();
         self.images += images;
         self.busy += took;
-        self.waited += waited;
-        let speed = images as f64 / took.as_secs_f64().max(1e-9);
-        self.images_per_s = match self.images_per_s {
-            0.0 => speed,
-            before => before + SPEED_SMOOTHING * (speed - before),
-        };
+        // The mean is one of times: of speeds, the quickest step would decide it.
+        let seconds = took.as_secs_f64() / images as f64;
+        self.seconds = Some(self.seconds.map_or(seconds, |before| before + SPEED_SMOOTHING * (seconds - before)));
+    }
+
+    fn images_per_s(&self) -> f64 {
+        self.seconds.map_or(0.0, |seconds| 1.0 / seconds.max(1e-9))
     }
 
     fn wait_share(&self) -> f64 {

@@ -275,10 +275,12 @@ impl Trainer {
     /// Faults of the executor.
     pub fn finish_step(&mut self, in_flight: usize) -> Result<Option<(u64, StepOutcome)>> {
         let step = self.step;
-        if let Some(node) = self.bad_node.take() {
-            return Ok(Some((step, StepOutcome::NonFinite { what: "an output".into(), node })));
-        }
-        let Some(watched) = self.exec.collect(in_flight)? else { return Ok(None) };
+        // The steps before the bad one come first: it is the newest.
+        let in_flight = if self.bad_node.is_some() { 0 } else { in_flight };
+        let Some(watched) = self.exec.collect(in_flight)? else {
+            let bad = |node| (step, StepOutcome::NonFinite { what: "an output".into(), node });
+            return Ok(self.bad_node.take().map(bad));
+        };
         let scalar = |index: usize| watched.get(index).and_then(|t| t.to_f64().first().copied()).unwrap_or(f64::NAN);
         let (_, dim) = self.z_shape();
         let report = StepReport { loss: scalar(0), z_std: scalar(1) * (dim as f64).sqrt() };

@@ -35,6 +35,7 @@ def cases():
     """Yields (case, op, attributes, inputs)."""
     yield from _conv_cases()
     yield from _norm_cases()
+    yield from _norm_pair_cases()
     yield from _conv_norm_cases()
     yield from _pool_and_linear_cases()
     yield from _matmul_cases()
@@ -116,6 +117,24 @@ def _norm_cases():
         yield case, "batch_norm_eval", attributes, _clear_of_relu(
             case, "batch_norm_eval", attributes, lambda draw: _norm_inputs(draw, shape, affine, residual, 0.0, 1.0)
         )
+
+
+def _norm_pair_cases():
+    #        case                              x shape        groups mean
+    table = [
+        ("batch_norm_pair/4d_two_groups",      (4, 3, 2, 24), 2,     0.0),
+        ("batch_norm_pair/4d_three_groups",    (3, 5, 3, 7),  3,     0.3),
+        ("batch_norm_pair/4d_large_mean",      (3, 4, 3, 8),  1,     30.0),
+        ("batch_norm_pair/2d_many_rows",       (131, 3),      1,     -0.5),
+    ]  # fmt: skip
+    for case, shape, groups, mean in table:
+        attributes = {"groups": groups, "eps": 1e-5, "momentum": 0.1}
+
+        def inputs(draw):
+            of_x, of_r = (_norm_inputs(draw, shape, True, False, m, std) for m, std in ((mean, 0.8), (-0.4 * mean, 1.7)))
+            return of_x | {"r": of_r.pop("x")} | {f"{name}_r": value for name, value in of_r.items()}
+
+        yield case, "batch_norm_pair", attributes, _clear_of_relu(case, "batch_norm_pair", attributes | {"relu": True}, inputs)
 
 
 def _conv_norm_cases():

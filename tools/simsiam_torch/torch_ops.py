@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 # Kept in float32 when everything else is rounded to low precision.
-FLOAT32_NAMES = {"gamma", "beta", "running_mean", "running_var", "loss", "labels"}
+NORM_NAMES = ("gamma", "beta", "running_mean", "running_var")
+FLOAT32_NAMES = {*NORM_NAMES, *(f"{name}_r" for name in NORM_NAMES), "loss", "labels"}
 
 
 def nchw(x):
@@ -53,6 +54,15 @@ def batch_norm(i, a):
         "running_mean": running_mean,
         "running_var": running_var,
     }
+
+
+def batch_norm_pair(i, a):
+    """The batch norms of x and of r, each with parameters and statistics of its own, their sum and the ReLU."""
+    alone = a | {"affine": True, "residual": False, "relu": False}
+    of_x = batch_norm(i, alone)
+    of_r = batch_norm({"x": i["r"]} | {name: i[f"{name}_r"] for name in NORM_NAMES}, alone)
+    y = of_x.pop("y") + of_r.pop("y")
+    return {"y": F.relu(y) if a.get("relu", True) else y} | of_x | {f"{name}_r": value for name, value in of_r.items()}
 
 
 def conv_norm(i, a):
@@ -208,6 +218,7 @@ def add(i, a):
 OPS = {
     "conv2d": (conv2d, "y", ("x", "w")),
     "batch_norm": (batch_norm, "y", ("x", "gamma", "beta", "residual")),
+    "batch_norm_pair": (batch_norm_pair, "y", ("x", "gamma", "beta", "r", "gamma_r", "beta_r")),
     "conv_norm": (conv_norm, "y", ("x", "w", "gamma", "beta", "residual")),
     "batch_norm_eval": (batch_norm_eval, None, ()),
     "relu": (relu, "y", ("x",)),

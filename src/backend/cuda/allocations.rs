@@ -1,23 +1,39 @@
-//! Which ranges of device memory are reserved: copies are checked against them before the device sees a wrong address.
+//! Which ranges of device memory are reserved: copies are checked against them before the device sees a wrong address. And how
+//! much a driver has handed out at all.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Result};
 
 use super::DevicePtr;
 
-/// Reserved ranges by their first address, each with its length in bytes.
+/// Reserved ranges by their first address, each with its length in bytes, and the number of things handed out.
 #[derive(Debug, Default)]
-pub(super) struct Allocations(Mutex<BTreeMap<u64, usize>>);
+pub(super) struct Allocations {
+    ranges: Mutex<BTreeMap<u64, usize>>,
+    made: AtomicU64,
+}
 
 impl Allocations {
     fn ranges(&self) -> MutexGuard<'_, BTreeMap<u64, usize>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn insert(&self, memory: DevicePtr, bytes: usize) {
+        self.count();
         self.ranges().insert(memory.0, bytes);
+    }
+
+    /// Counts what is no device memory: page-locked memory, an event, a graph.
+    pub fn count(&self) {
+        self.made.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How much was ever made, given back or not.
+    pub fn made(&self) -> u64 {
+        self.made.load(Ordering::Relaxed)
     }
 
     /// Bytes of all ranges.
@@ -72,5 +88,7 @@ mod tests {
         assert_eq!(allocations.remove(DevicePtr(1000)).unwrap(), 24);
         assert!(allocations.check("read", DevicePtr(1000), 1).is_err());
         assert!(allocations.remove(DevicePtr(1000)).is_err());
+        allocations.count();
+        assert_eq!((allocations.made(), allocations.reserved()), (3, 7), "what was given back was made too");
     }
 }

@@ -144,6 +144,10 @@ pub trait Driver: Debug + Send + Sync {
     /// A device that does not say.
     fn memory(&self) -> Result<DeviceMemory>;
 
+    /// How many allocations it has made for its caller, given back or not: of device memory and page-locked memory, events and
+    /// graphs.
+    fn allocations(&self) -> u64;
+
     /// NVIDIA's libraries on this device; none where the host answers in their place.
     ///
     /// # Errors

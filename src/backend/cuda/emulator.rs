@@ -263,11 +263,17 @@ impl Driver for Emulator {
         Ok(DeviceMemory { free: total.saturating_sub(self.memory.reserved()), total })
     }
 
+    fn allocations(&self) -> u64 {
+        self.memory.made()
+    }
+
     fn host_task(&self, task: HostTask) -> Result<()> {
         self.streams.start(Stream::Compute, Task::Host(task), self)
     }
 
     fn pinned(&self, bytes: usize) -> Result<Box<dyn Pinned>> {
+        self.streams.allow("allocate page-locked memory")?;
+        self.memory.count();
         Ok(Box::new(HostBytes(vec![0; bytes].into_boxed_slice())))
     }
 
@@ -285,6 +291,7 @@ impl Driver for Emulator {
     }
 
     fn event(&self) -> Result<Event> {
+        self.memory.count();
         Ok(Mark::event())
     }
 
@@ -309,6 +316,7 @@ impl Driver for Emulator {
     }
 
     fn end_capture(&self) -> Result<Graph> {
+        self.memory.count();
         self.streams.end_capture()
     }
 

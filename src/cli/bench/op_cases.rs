@@ -5,8 +5,9 @@ use clap::Parser;
 use crate::cli::model_args::ModelArgs;
 use crate::cli::preset::Preset;
 use crate::error::Result;
-use crate::graph::{Op, Role, Tape, backward, builtin};
-use crate::ops::batch_norm::{BatchNorm, Fusion, channel_desc};
+use crate::graph::{Op, Role, Tape, ValueId, backward, builtin};
+use crate::ops::batch_norm::pair::BatchNormPair;
+use crate::ops::batch_norm::{BatchNorm, BatchNormStatistics, Fusion, channel_desc};
 use crate::ops::cast::Cast;
 use crate::ops::conv2d::stem::image_channels;
 use crate::ops::conv2d::{Conv2d, gradient_dtype};
@@ -48,6 +49,7 @@ pub(super) fn all(batch: usize, dtype: DType) -> Result<Vec<Case>> {
     ] {
         cases.push(batch_norm(shape, residual, dtype));
     }
+    cases.push(batch_norm_pair([views, 56, 56, 256], dtype));
     if dtype != DType::F32 {
         cases.push(stem_convolution(views, dtype)); // in float32 it is the library's
     }
@@ -131,14 +133,36 @@ fn batch_norm(shape: [usize; 4], residual: bool, dtype: DType) -> Case {
         if residual {
             inputs.push(tape.leaf("residual", TensorDesc::new(shape, dtype), Role::Input, true));
         }
-        let running = ["running_mean", "running_var"].map(|n| tape.leaf(n, channel.clone(), Role::State, false));
-        let tracked = tape.leaf("num_batches_tracked", TensorDesc::new([], DType::I64), Role::State, false);
+        let running = running_statistics(&mut tape, &channel);
         let fusion = Fusion { affine: true, residual, relu: true };
         let op = BatchNorm { groups: 2, eps: 1e-5, momentum: 0.1, fusion, sums_given: false, means: false };
-        let y = tape.record_updating(op, &inputs, &[running[0], running[1], tracked])?[0];
+        let y = tape.record_updating(op, &inputs, &running)?[0];
         seed(&mut tape, y)?;
         Ok(tape)
     })
+}
+
+/// That of a block's end and that of its shortcut, in two groups.
+fn batch_norm_pair(shape: [usize; 4], dtype: DType) -> Case {
+    Case::new("batch_norm+batch_norm+relu", &shape, move || {
+        let mut tape = Tape::new();
+        let channel = channel_desc(shape[3], dtype);
+        let [x, r] = ["x", "r"].map(|name| tape.leaf(name, TensorDesc::new(shape, dtype), Role::Input, true));
+        let [gamma, beta, gamma_r, beta_r] =
+            ["gamma", "beta", "gamma_r", "beta_r"].map(|name| tape.leaf(name, channel.clone(), Role::Parameter, true));
+        let [of_x, of_r] = [0; 2].map(|_| running_statistics(&mut tape, &channel));
+        let statistics = tape.record_updating(BatchNormStatistics::new(2, 1e-5, 0.1, false), &[r], &of_r)?;
+        let inputs = [x, gamma, beta, r, statistics[0], statistics[1], gamma_r, beta_r];
+        let y = tape.record_updating(BatchNormPair::new(2, 1e-5, 0.1, false), &inputs, &of_x)?[0];
+        seed(&mut tape, y)?;
+        Ok(tape)
+    })
+}
+
+/// Running mean and variance, and the number of batches.
+fn running_statistics(tape: &mut Tape, channel: &TensorDesc) -> [ValueId; 3] {
+    let [mean, variance] = ["running_mean", "running_var"].map(|n| tape.leaf(n, channel.clone(), Role::State, false));
+    [mean, variance, tape.leaf("num_batches_tracked", TensorDesc::new([], DType::I64), Role::State, false)]
 }
 
 /// The network that `train` trains when no option says otherwise.

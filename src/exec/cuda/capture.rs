@@ -1,4 +1,5 @@
-//! When a step is run node by node, and when it is replayed from a graph.
+//! When a step is run node by node, and when it is replayed from a graph: the first step warms up, the second is captured for
+//! every copy of the inputs, and nothing is made after that.
 
 use crate::backend::cuda::{Driver, Graph};
 use crate::error::{Error, Result};
@@ -10,7 +11,8 @@ pub(super) const SLOTS: usize = 2;
 #[derive(Debug, Default)]
 pub(super) struct Capture {
     warm: bool,
-    graphs: [Option<Graph>; SLOTS],
+    /// One for each copy of the inputs, once they are captured.
+    graphs: Option<[Graph; SLOTS]>,
 }
 
 /// How a step is to be run.
@@ -18,7 +20,7 @@ pub(super) struct Capture {
 pub(super) enum Mode<'a> {
     /// Node by node: libraries and the driver load kernels and set themselves up on the way, which a capture forbids.
     Eager,
-    /// Node by node into a graph, which is replayed then.
+    /// Node by node into graphs, one of which is replayed then.
     Capture,
     /// From the graph.
     Replay(&'a Graph),
@@ -27,10 +29,10 @@ pub(super) enum Mode<'a> {
 impl Capture {
     /// How the next step that reads copy `slot` of the inputs is to be run.
     pub fn mode(&self, slot: usize) -> Mode<'_> {
-        match &self.graphs[slot] {
+        match &self.graphs {
             _ if !self.warm => Mode::Eager,
             None => Mode::Capture,
-            Some(graph) => Mode::Replay(graph),
+            Some(graphs) => Mode::Replay(&graphs[slot]),
         }
     }
 
@@ -39,22 +41,30 @@ impl Capture {
         self.warm = true;
     }
 
-    /// Captures what `launch` launches as the graph of `slot`. A capture is ended whatever happens in it.
+    /// Captures what `launch` launches for each copy of the inputs, and returns the graph of `slot`. A capture is ended whatever
+    /// happens in it.
     ///
     /// # Errors
-    /// [`Error::Internal`] before a warm-up, or when there is a graph already; those of `launch` and of the driver.
-    pub fn capture(&mut self, slot: usize, driver: &dyn Driver, launch: impl FnOnce() -> Result<()>) -> Result<&Graph> {
+    /// [`Error::Internal`] before a warm-up, or when there are graphs already; those of `launch` and of the driver.
+    pub fn capture(
+        &mut self,
+        slot: usize,
+        driver: &dyn Driver,
+        launch: impl Fn(usize) -> Result<()>,
+    ) -> Result<&Graph> {
         match self.mode(slot) {
             Mode::Capture => {}
             Mode::Eager => return Err(fault("a step is captured before one has run: nothing is warmed up")),
             Mode::Replay(_) => return Err(fault("a step is captured that has a graph already")),
         }
-        driver.synchronize()?;
-        driver.begin_capture()?;
-        let launched = launch();
-        let ended = driver.end_capture();
-        launched?;
-        Ok(self.graphs[slot].insert(ended?))
+        let captured = |slot| {
+            driver.synchronize()?;
+            driver.begin_capture()?;
+            let launched = launch(slot);
+            let ended = driver.end_capture();
+            launched.and(ended)
+        };
+        Ok(&self.graphs.insert([captured(0)?, captured(1)?])[slot])
     }
 }
 
@@ -64,6 +74,8 @@ fn fault(message: &str) -> Error {
 
 #[cfg(all(test, feature = "emulator"))]
 mod tests {
+    use std::cell::RefCell;
+
     use super::*;
     use crate::backend::cuda::Emulator;
     use crate::backend::cuda::emulator::Options;
@@ -73,13 +85,19 @@ mod tests {
         let device = Emulator::new(Options { threads: 1, seed: 0 }).unwrap();
         let mut capture = Capture::default();
         assert!(matches!(capture.mode(0), Mode::Eager));
-        let early = capture.capture(0, &device, || Ok(())).unwrap_err().to_string();
+        let early = capture.capture(1, &device, |_| Ok(())).unwrap_err().to_string();
         assert!(early.contains("before one has run"), "{early}");
         capture.warmed_up();
         assert!(matches!(capture.mode(1), Mode::Capture));
-        capture.capture(1, &device, || Ok(())).unwrap();
-        assert!(matches!((capture.mode(0), capture.mode(1)), (Mode::Capture, Mode::Replay(_))));
-        let twice = capture.capture(1, &device, || Ok(())).unwrap_err().to_string();
+        let captured = RefCell::new(Vec::new());
+        let launch = |slot| {
+            captured.borrow_mut().push(slot);
+            Ok(())
+        };
+        capture.capture(1, &device, launch).unwrap();
+        assert_eq!(*captured.borrow(), [0, 1], "one graph for each copy of the inputs");
+        assert!(matches!((capture.mode(0), capture.mode(1)), (Mode::Replay(_), Mode::Replay(_))));
+        let twice = capture.capture(1, &device, |_| Ok(())).unwrap_err().to_string();
         assert!(twice.contains("has a graph already"), "{twice}");
     }
 
@@ -88,12 +106,12 @@ mod tests {
         let device = Emulator::new(Options { threads: 1, seed: 0 }).unwrap();
         let mut capture = Capture::default();
         capture.warmed_up();
-        let refused = capture.capture(0, &device, || device.allocate(64).map(|_| ())).unwrap_err().to_string();
+        let refused = capture.capture(1, &device, |_| device.allocate(64).map(|_| ())).unwrap_err().to_string();
         assert!(refused.contains("cannot allocate memory while a graph is captured"), "{refused}");
-        let lost = capture.capture(0, &device, || device.download(Default::default(), &mut []).or(Ok(())));
+        let lost = capture.capture(1, &device, |_| device.download(Default::default(), &mut []).or(Ok(())));
         assert!(lost.unwrap_err().to_string().contains("the capture was lost"));
         assert!(matches!(capture.mode(0), Mode::Capture));
-        capture.capture(0, &device, || Ok(())).unwrap();
+        capture.capture(1, &device, |_| Ok(())).unwrap();
         let memory = device.allocate(64).unwrap();
         device.free(memory).unwrap();
     }

@@ -92,6 +92,8 @@ impl CudaExecutor {
         let mut executor = CudaExecutor { program, options, nvtx, prepared: Vec::new(), capture, feed, arena };
         executor.prepared = executor.choose_algorithms(&works)?;
         executor.arena.fill(fill)?;
+        // Inputs come on the other stream, which waits for nothing of this one.
+        executor.arena.driver().synchronize()?;
         Ok(executor)
     }
 
@@ -178,7 +180,7 @@ impl CudaExecutor {
             }
             Mode::Capture => {
                 let mut capture = std::mem::take(&mut self.capture);
-                let captured = capture.capture(slot, &*driver, || self.launch_all(slot));
+                let captured = capture.capture(slot, &*driver, |slot| self.launch_all(slot));
                 let replayed = captured.and_then(|graph| driver.replay(graph));
                 self.capture = capture;
                 replayed

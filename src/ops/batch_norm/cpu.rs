@@ -35,7 +35,7 @@ fn apply<T: Real>(y: &mut [T], x: &[T], residual: Option<&[T]>, relu: bool, k: &
     });
 }
 
-fn apply_row<T: Real>(y: &mut [T], x: &[T], residual: Option<&[T]>, relu: bool, k: &Coefficients<T>) {
+pub(super) fn apply_row<T: Real>(y: &mut [T], x: &[T], residual: Option<&[T]>, relu: bool, k: &Coefficients<T>) {
     let channels = y.iter_mut().zip(x).zip(&k.mean).zip(&k.scale).zip(&k.beta);
     channels.for_each(|((((y, x), mean), scale), beta)| *y = (*x - *mean) * *scale + *beta);
     if let Some(residual) = residual {
@@ -66,9 +66,9 @@ fn apply_and_sum<T: Real>(y: &mut [T], x: &[T], relu: bool, k: &Coefficients<T>)
     (0..channels).map(|c| of_blocks.iter().map(|sums| sums[c]).sum()).collect()
 }
 
-/// Computes the statistics of x, the first input, into the outputs `mean` and `rstd` and the running statistics; returns what
-/// is to be done to each group.
-pub(super) fn statistics<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) -> Vec<Coefficients<T>> {
+/// Computes the statistics of x, the first input, into mean, which is the output of this number, rstd, the next one, and the
+/// running statistics; returns what is to be done to each group.
+pub(super) fn statistics<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>, mean_output: usize) -> Vec<Coefficients<T>> {
     let channels = io.inputs[0].desc.shape.channels();
     let group_rows = io.inputs[0].desc.shape.rows() / op.groups;
     let x = io.inputs[0].get::<T>();
@@ -89,7 +89,7 @@ pub(super) fn statistics<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) -> Vec<Coe
     };
     let sums = match given {
         Some(sums) => sums.iter().map(|s| s.to_f64()).collect(),
-        None => group_sums::<T>(io.workspace, (op.groups, group_rows, channels), shifted),
+        None => group_sums::<T, 2>(io.workspace, (op.groups, group_rows, channels), shifted),
     };
     io.updates[2].get::<i64>()[0] += op.groups as i64;
     let rows = group_rows as f64;
@@ -103,15 +103,17 @@ pub(super) fn statistics<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) -> Vec<Coe
         let unbiased: Vec<f64> = variance.iter().map(|v| v * rows / (rows - 1.0)).collect();
         update_running(io.updates[0].get::<T>(), &mean, op.momentum);
         update_running(io.updates[1].get::<T>(), &unbiased, op.momentum);
-        io.outputs[1].get::<T>()[range.clone()].iter_mut().zip(&mean).for_each(|(o, m)| *o = T::of(*m));
-        io.outputs[2].get::<T>()[range].iter_mut().zip(&rstd).for_each(|(o, r)| *o = T::of(*r));
+        for (values, output) in [(&mean, mean_output), (&rstd, mean_output + 1)] {
+            let output = &mut io.outputs[output].get::<T>()[range.clone()];
+            output.iter_mut().zip(values).for_each(|(o, v)| *o = T::of(*v));
+        }
         coefficients(&mean, &rstd, affine)
     };
     (0..op.groups).map(&mut finish).collect()
 }
 
 pub(super) fn forward<T: Real>(op: &BatchNorm, io: &mut CpuIo<'_>) {
-    let groups = statistics::<T>(op, io);
+    let groups = statistics::<T>(op, io, 1);
     if op.means {
         return apply_with_means(op.fusion, &groups, io);
     }
@@ -150,23 +152,30 @@ fn apply_with_means<T: Real>(fusion: Fusion, groups: &[Coefficients<T>], io: &mu
     }
 }
 
-/// What [`statistics`] returned, from mean and rstd as inputs 1 and 2, behind which are gamma and beta where it is affine.
-pub(super) fn known_statistics<T: Real>(affine: bool, groups: usize, io: &CpuIo<'_>) -> Vec<Coefficients<T>> {
-    let (mean, rstd) = (io.inputs[1].get::<T>(), io.inputs[2].get::<T>());
-    let affine = affine.then(|| (io.inputs[3].get::<T>(), io.inputs[4].get::<T>()));
+/// What [`statistics`] returned, from mean, which is the input of this number, and rstd, the next one, behind which are gamma
+/// and beta where it is affine.
+pub(super) fn known_statistics<T: Real>(
+    mean: usize,
+    affine: bool,
+    groups: usize,
+    io: &CpuIo<'_>,
+) -> Vec<Coefficients<T>> {
+    let input = |i: usize| io.inputs[mean + i].get::<T>();
+    let (mean, rstd) = (input(0), input(1));
+    let affine = affine.then(|| (input(2), input(3)));
     let channels = mean.len() / groups;
     mean.chunks(channels).zip(rstd.chunks(channels)).map(|(mean, rstd)| recomputed(mean, rstd, affine)).collect()
 }
 
 /// The forward pass from statistics that are known; see [`super::repeat`].
 pub(super) fn repeat<T: Real>(fusion: Fusion, groups: usize, io: &mut CpuIo<'_>) {
-    let groups = known_statistics::<T>(fusion.affine, groups, io);
+    let groups = known_statistics::<T>(1, fusion.affine, groups, io);
     let last = io.inputs.len() - 1;
     apply_groups(fusion, &groups, io, [last, 1]);
 }
 
 /// A bit for each element of y that is greater than 0; `pack` of them to a byte.
-fn store_mask<T: Real>(mask: &mut [u8], y: &[T], pack: usize) {
+pub(super) fn store_mask<T: Real>(mask: &mut [u8], y: &[T], pack: usize) {
     mask.par_iter_mut().zip(y.par_chunks(pack)).with_min_len(1 << 12).for_each(|(bits, y)| {
         *bits = y.iter().enumerate().map(|(k, &y)| u8::from(y > T::ZERO) << k).sum();
     });
@@ -205,16 +214,16 @@ pub(super) fn eval<T: Real>(op: &BatchNormEval, io: &mut CpuIo<'_>) {
 }
 
 /// d_y behind the mask of the ReLU, a row of x at a time.
-struct Masked<'a, T> {
-    channels: usize,
-    group_rows: usize,
-    d_y: &'a [T],
-    x: &'a [T],
-    mask: MaskData<'a, T>,
+pub(super) struct Masked<'a, T> {
+    pub channels: usize,
+    pub group_rows: usize,
+    pub d_y: &'a [T],
+    pub x: &'a [T],
+    pub mask: MaskData<'a, T>,
 }
 
 /// What decides which elements pass.
-enum MaskData<'a, T> {
+pub(super) enum MaskData<'a, T> {
     None,
     /// One for each group.
     OfX(Vec<Coefficients<T>>),
@@ -226,7 +235,7 @@ enum MaskData<'a, T> {
 
 impl<T: Real> Masked<'_, T> {
     /// The gradient of row `row`, in `g` where it is not d_y itself.
-    fn row<'a>(&'a self, row: usize, g: &'a mut [T]) -> &'a [T] {
+    pub fn row<'a>(&'a self, row: usize, g: &'a mut [T]) -> &'a [T] {
         let span = row * self.channels..(row + 1) * self.channels;
         if let MaskData::Pooled(pooled) = &self.mask {
             pooled.gather(&mut g[..self.channels], self.d_y, row);
@@ -300,7 +309,7 @@ fn gradients<T: Real>(op: &BatchNormBackward, io: &mut CpuIo<'_>, mask: MaskData
     let of_group = |group: usize| group * channels..(group + 1) * channels;
     let masked = Masked { channels, group_rows, d_y, x, mask };
 
-    let sums = group_sums::<T>(io.workspace, (op.groups, group_rows, channels), |group, row, [first, second], g| {
+    let sums = group_sums::<T, 2>(io.workspace, (op.groups, group_rows, channels), |group, row, [first, second], g| {
         let (mean, x) = (&mean[of_group(group)], &x[row * channels..]);
         let sums = first.iter_mut().zip(second).zip(masked.row(row, g)).zip(x).zip(mean);
         sums.for_each(|((((first, second), g), x), mean)| {
@@ -309,13 +318,14 @@ fn gradients<T: Real>(op: &BatchNormBackward, io: &mut CpuIo<'_>, mask: MaskData
         });
     });
     if op.affine {
-        write_affine_gradients::<T>(io, &sums, rstd, channels);
+        let of_groups: Vec<[&[f64]; 2]> = sums.chunks(2 * channels).map(|of_group| halves(of_group)).collect();
+        write_affine_gradients::<T>(io, &of_groups, rstd, 1);
     }
     let others = io.outputs.len() - usize::from(op.residual);
     let (head, tail) = io.outputs.split_at_mut(others);
     let groups: Vec<GroupGradient<T>> = (0..op.groups)
         .map(|group| {
-            let sums = &sums[group * 2 * channels..][..2 * channels];
+            let sums = halves(&sums[group * 2 * channels..][..2 * channels]);
             GroupGradient::new(sums, &mean[of_group(group)], &rstd[of_group(group)], gamma, group_rows)
         })
         .collect();
@@ -338,13 +348,20 @@ fn recomputed<T: Real>(mean: &[T], rstd: &[T], affine: Option<(&[T], &[T])>) -> 
     coefficients(&mean, &rstd, affine)
 }
 
-fn write_affine_gradients<T: Real>(io: &mut CpuIo<'_>, sums: &[f64], rstd: &[T], channels: usize) {
-    let groups = sums.len() / (2 * channels);
+/// Two sums of each channel.
+fn halves(sums: &[f64]) -> [&[f64]; 2] {
+    let (first, second) = sums.split_at(sums.len() / 2);
+    [first, second]
+}
+
+/// d_gamma, the output of this number, and d_beta, the next one, from the sums of g and of g (x - mean) of each group.
+pub(super) fn write_affine_gradients<T: Real>(io: &mut CpuIo<'_>, sums: &[[&[f64]; 2]], rstd: &[T], d_gamma: usize) {
+    let channels = rstd.len() / sums.len();
     for c in 0..channels {
-        let over_groups = |f: &dyn Fn(usize) -> f64| T::of((0..groups).map(f).sum());
-        let d_beta: T = over_groups(&|g| sums[g * 2 * channels + c]);
-        let d_gamma: T = over_groups(&|g| sums[(g * 2 + 1) * channels + c] * rstd[g * channels + c].to_f64());
-        for (output, value) in [(1, d_gamma), (2, d_beta)] {
+        let over_groups = |f: &dyn Fn(usize) -> f64| T::of((0..sums.len()).map(f).sum());
+        let of_beta: T = over_groups(&|g| sums[g][0][c]);
+        let of_gamma: T = over_groups(&|g| sums[g][1][c] * rstd[g * channels + c].to_f64());
+        for (output, value) in [(d_gamma, of_gamma), (d_gamma + 1, of_beta)] {
             let base = if io.outputs[output].accumulate { io.outputs[output].get::<T>()[c] } else { T::ZERO };
             io.outputs[output].get::<T>()[c] = base + value;
         }
@@ -352,7 +369,7 @@ fn write_affine_gradients<T: Real>(io: &mut CpuIo<'_>, sums: &[f64], rstd: &[T],
 }
 
 /// `d_x = scale (g - offset - (x - mean) slope)`, per channel of one group.
-struct GroupGradient<T> {
+pub(super) struct GroupGradient<T> {
     mean: Vec<T>,
     scale: Vec<T>,
     offset: Vec<T>,
@@ -360,19 +377,19 @@ struct GroupGradient<T> {
 }
 
 impl<T: Real> GroupGradient<T> {
-    /// From the group's sums and statistics, all of them slices of one group.
-    fn new(sums: &[f64], mean: &[T], rstd: &[T], gamma: Option<&[T]>, rows: usize) -> Self {
+    /// From the group's sums of g and of g (x - mean), and its statistics, all of them slices of one group.
+    pub fn new([g, g_x]: [&[f64]; 2], mean: &[T], rstd: &[T], gamma: Option<&[T]>, rows: usize) -> Self {
         let (channels, rows) = (mean.len(), rows as f64);
         GroupGradient {
             mean: mean.to_vec(),
             scale: (0..channels).map(|c| gamma.map_or(rstd[c], |g| g[c] * rstd[c])).collect(),
-            offset: (0..channels).map(|c| T::of(sums[c] / rows)).collect(),
-            slope: (0..channels).map(|c| T::of(sums[channels + c] * rstd[c].to_f64().powi(2) / rows)).collect(),
+            offset: (0..channels).map(|c| T::of(g[c] / rows)).collect(),
+            slope: (0..channels).map(|c| T::of(g_x[c] * rstd[c].to_f64().powi(2) / rows)).collect(),
         }
     }
 
     /// d_x of one row.
-    fn input_gradient(&self, d_x: &mut [T], g: &[T], x: &[T], accumulate: bool) {
+    pub fn input_gradient(&self, d_x: &mut [T], g: &[T], x: &[T], accumulate: bool) {
         let channels = self.mean.len();
         let (mean, scale) = (&self.mean[..channels], &self.scale[..channels]);
         let (offset, slope) = (&self.offset[..channels], &self.slope[..channels]);

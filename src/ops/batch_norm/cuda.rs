@@ -89,18 +89,19 @@ pub(super) struct Statistics {
     pub beta: DevicePtr,
 }
 
-/// Computes the statistics of x, the first input, into the outputs 1 and 2 and the running statistics.
-pub(super) fn statistics(op: &BatchNorm, rows: &Rows, io: &CudaIo<'_>) -> Result<Statistics> {
+/// Computes the statistics of x, the first input, into mean, which is the output of this number, rstd, the next one, and the
+/// running statistics.
+pub(super) fn statistics(op: &BatchNorm, rows: &Rows, io: &CudaIo<'_>, mean: usize) -> Result<Statistics> {
     let (dtype, x) = (io.dtype(), io.inputs[0].ptr);
     let (gamma, beta) = match op.fusion.affine {
         true => (io.inputs[1].ptr, io.inputs[2].ptr),
         false => (DevicePtr::NULL, DevicePtr::NULL),
     };
+    let [mean, rstd] = [mean, mean + 1].map(|output| io.outputs[output].ptr);
     if op.sums_given {
-        let scale = finish_given(op, rows, io)?;
-        return Ok(Statistics { mean: io.outputs[1].ptr, scale, beta });
+        let scale = finish_given(op, rows, io, [mean, rstd])?;
+        return Ok(Statistics { mean, scale, beta });
     }
-    let (mean, rstd) = (io.outputs[1].ptr, io.outputs[2].ptr);
     let (partials, scale) = (io.workspace, io.workspace.offset(partials_bytes(rows)));
 
     let tiles = rows.summing();
@@ -135,11 +136,11 @@ pub(super) fn statistics(op: &BatchNorm, rows: &Rows, io: &CudaIo<'_>) -> Result
 }
 
 /// The same from the sums that were given; returns where the scale is.
-fn finish_given(op: &BatchNorm, rows: &Rows, io: &CudaIo<'_>) -> Result<DevicePtr> {
+fn finish_given(op: &BatchNorm, rows: &Rows, io: &CudaIo<'_>, [mean, rstd]: [DevicePtr; 2]) -> Result<DevicePtr> {
     let sums = io.inputs[io.inputs.len() - 1].ptr;
     let gamma = if op.fusion.affine { io.inputs[1].ptr } else { DevicePtr::NULL };
     let [running_mean, running_var, tracked] = [0, 1, 2].map(|i| io.updates[i].ptr);
-    let (mean, rstd, scale) = (io.outputs[1].ptr, io.outputs[2].ptr, io.workspace);
+    let scale = io.workspace;
     let [groups, channels] = [rows.groups, rows.channels].map(|n| n as i32);
     let call = batch_norm_finish_sums(
         sums,
@@ -164,7 +165,7 @@ fn finish_given(op: &BatchNorm, rows: &Rows, io: &CudaIo<'_>) -> Result<DevicePt
 
 pub(super) fn forward(op: &BatchNorm, io: &CudaIo<'_>) -> Result<()> {
     let rows = Rows::new(io.inputs[0].desc, op.groups);
-    let Statistics { mean, scale, beta } = statistics(op, &rows, io)?;
+    let Statistics { mean, scale, beta } = statistics(op, &rows, io, 1)?;
     if op.means {
         return apply_with_means(op, &rows, &Statistics { mean, scale, beta }, io);
     }
@@ -291,7 +292,8 @@ pub(super) fn backward(op: &BatchNormBackward, io: &CudaIo<'_>) -> Result<()> {
     // sums for each channel of the tiles.
     unsafe { io.launch(rows.grid(tiles), call)? };
 
-    finish_backward(op, Sums { rows: rows.rows, summed: &rows }, io)?;
+    let sums = Sums { rows: rows.rows, summed: &rows, partials, coefficients };
+    finish_backward(sums, Affine { rstd: 3, gamma: op.affine.then_some(4), d_gamma: 1 }, io)?;
 
     let (g, masking) = early.map_or((d_y, op.mask), |masked| (masked, Mask::None));
     let all = (rows.groups * rows.channels) as i64;
@@ -319,18 +321,28 @@ pub(super) fn backward(op: &BatchNormBackward, io: &CudaIo<'_>) -> Result<()> {
 pub(super) struct Sums<'a> {
     pub rows: usize,
     pub summed: &'a Rows,
+    /// The partial sums of the tiles.
+    pub partials: DevicePtr,
+    /// Room for three coefficients per channel and group.
+    pub coefficients: DevicePtr,
 }
 
-/// Combines the partial sums of a backward pass: d_gamma, d_beta and, behind the sums in the workspace, the coefficients of
-/// d_x. Inputs 3 and 4 are rstd and gamma, outputs 1 and 2 the gradients.
-pub(super) fn finish_backward(op: &BatchNormBackward, Sums { rows, summed }: Sums<'_>, io: &CudaIo<'_>) -> Result<()> {
-    let (partials, coefficients) = (io.workspace, io.workspace.offset(partials_bytes(summed)));
-    let gamma = if op.affine { io.inputs[4].ptr } else { DevicePtr::NULL };
-    let affine = |i: usize| match op.affine {
-        true => (io.outputs[i].ptr, i32::from(io.outputs[i].accumulate)),
-        false => (DevicePtr::NULL, 0),
+/// Which inputs rstd and gamma are, and which output d_gamma is, behind which is d_beta.
+pub(super) struct Affine {
+    pub rstd: usize,
+    pub gamma: Option<usize>,
+    pub d_gamma: usize,
+}
+
+/// Combines the partial sums of a backward pass: d_gamma, d_beta where there is gamma, and the coefficients of d_x.
+pub(super) fn finish_backward(sums: Sums<'_>, numbers: Affine, io: &CudaIo<'_>) -> Result<()> {
+    let Sums { rows, summed, partials, coefficients } = sums;
+    let gradient = |i: usize| match numbers.gamma {
+        Some(_) => (io.outputs[i].ptr, i32::from(io.outputs[i].accumulate)),
+        None => (DevicePtr::NULL, 0),
     };
-    let ((d_gamma, accumulate_gamma), (d_beta, accumulate_beta)) = (affine(1), affine(2));
+    let (d_gamma, accumulate_gamma) = gradient(numbers.d_gamma);
+    let (d_beta, accumulate_beta) = gradient(numbers.d_gamma + 1);
     let [chunks, groups, channels] =
         [summed.chunks(summed.summing()), summed.groups, summed.channels].map(|n| n as i32);
     let call = batch_norm_finish_backward(
@@ -339,8 +351,8 @@ pub(super) fn finish_backward(op: &BatchNormBackward, Sums { rows, summed }: Sum
         groups,
         rows as i64,
         channels,
-        io.inputs[3].ptr,
-        gamma,
+        io.inputs[numbers.rstd].ptr,
+        numbers.gamma.map_or(DevicePtr::NULL, |gamma| io.inputs[gamma].ptr),
         coefficients,
         d_gamma,
         accumulate_gamma,
@@ -348,6 +360,6 @@ pub(super) fn finish_backward(op: &BatchNormBackward, Sums { rows, summed }: Sum
         accumulate_beta,
     );
     // SAFETY: rstd is [groups, channels] and gamma [channels], as the forward op's `infer` checked; `infer` made d_gamma and
-    // d_beta like gamma; `cuda_workspace` counted three coefficients per channel and group behind the partial sums.
+    // d_beta like gamma; `cuda_workspace` counted the partial sums and three coefficients per channel and group.
     unsafe { io.launch(combining_grid(summed), call) }
 }

@@ -3,8 +3,10 @@
 
 mod cpu;
 pub(super) mod cuda;
+pub mod pair;
 pub mod pooled;
 mod repeat;
+mod statistics;
 pub(super) mod sums;
 
 pub(super) use cpu::update_running;
@@ -18,6 +20,8 @@ use crate::ops::conv2d::gradient_dtype;
 use crate::ops::group_sums::cuda::partials_bytes;
 use crate::ops::row_tiles::Rows;
 use crate::tensor::{DType, TensorDesc};
+
+pub use statistics::BatchNormStatistics;
 
 /// What is fused around the normalisation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -152,7 +156,7 @@ impl Op for BatchNorm {
     }
 
     fn workspace(&self, inputs: &[&TensorDesc]) -> usize {
-        sums::workspace_bytes(inputs[0].shape.channels(), self.groups)
+        sums::workspace_bytes(2, inputs[0].shape.channels(), self.groups)
     }
 
     fn backward(&self, g: &mut GradBuilder<'_>) -> Result<()> {
@@ -235,7 +239,7 @@ impl Op for BatchNormBackward {
     }
 
     fn workspace(&self, inputs: &[&TensorDesc]) -> usize {
-        sums::workspace_bytes(inputs[0].shape.channels(), self.groups)
+        sums::workspace_bytes(2, inputs[0].shape.channels(), self.groups)
     }
 
     fn accumulates(&self) -> bool {

@@ -12,7 +12,7 @@ use crate::ops::conv2d::gradient_dtype;
 use crate::tensor::{DType, TensorDesc};
 
 use super::pooled::Windows;
-use super::{BatchNorm, Fusion, Mask, check_inputs, cpu, cuda, mask_desc, pooled};
+use super::{BatchNorm, Fusion, Mask, check_inputs, cpu, cuda, mask_desc, pair, pooled};
 
 /// How y, and the mask behind a residual and ReLU, are had again.
 pub(super) fn of_batch_norm(op: &BatchNorm) -> Again {
@@ -29,6 +29,13 @@ pub(super) fn of_batch_norm(op: &BatchNorm) -> Again {
 pub(super) fn of_pooled(groups: usize) -> Again {
     let inputs = known().into_iter().chain([1, 2].map(Source::Input)).collect();
     Again::By(Repetition { op: Arc::new(BatchNormMaxPoolRepeat { groups }), inputs, outputs: vec![0, 3] })
+}
+
+/// How y and the mask of two batch norms and their sum are had again.
+pub(super) fn of_pair(groups: usize) -> Again {
+    let rest = (1..8).map(Source::Input); // gamma, beta; r, its mean, rstd, gamma and beta
+    let inputs = known().into_iter().chain(rest).collect();
+    Again::By(Repetition { op: Arc::new(BatchNormPairRepeat { groups }), inputs, outputs: vec![0, 3] })
 }
 
 /// x, mean and rstd.
@@ -113,7 +120,7 @@ impl Op for BatchNormMaxPoolRepeat {
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
         let windows = Windows::new(io.inputs[0].desc)?;
         dispatch_real!(self.name(), io.inputs[0].desc.dtype, T => {
-            let groups = cpu::known_statistics::<T>(true, self.groups, io);
+            let groups = cpu::known_statistics::<T>(1, true, self.groups, io);
             let x = io.inputs[0].get::<T>();
             let (head, tail) = io.outputs.split_at_mut(1);
             pooled::forward(windows, &groups, x, head[0].get::<T>(), tail[0].get::<u8>());
@@ -127,5 +134,45 @@ impl Op for BatchNormMaxPoolRepeat {
 
     fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
         pooled::cuda::repeat(Windows::new(io.inputs[0].desc)?, self.groups, io)
+    }
+}
+
+/// [`pair::BatchNormPair`] without its statistics: inputs x, mean, rstd, gamma, beta; r and the same of it. Outputs y and the mask.
+#[derive(Debug, Clone, Copy)]
+struct BatchNormPairRepeat {
+    groups: usize,
+}
+
+impl Op for BatchNormPairRepeat {
+    fn name(&self) -> &'static str {
+        "batch_norm_pair_repeat"
+    }
+
+    fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
+        let x = inputs[0];
+        check_statistics(self.name(), self.groups, inputs)?;
+        check_inputs(
+            self.name(),
+            &without_statistics(&inputs[..5]),
+            Fusion { affine: true, residual: false, relu: true },
+        )?;
+        pair::check_shortcut(self.name(), x, self.groups, &inputs[5..])?;
+        Ok(vec![x.clone(), mask_desc(x)])
+    }
+
+    fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
+        dispatch_real!(self.name(), io.inputs[0].desc.dtype, T => {
+            let [of_x, of_r] = [1, 6].map(|mean| cpu::known_statistics::<T>(mean, true, self.groups, io));
+            pair::apply(io, [&of_x, &of_r], 5, 1);
+        });
+        Ok(())
+    }
+
+    fn cuda_workspace(&self, inputs: &[&TensorDesc]) -> usize {
+        cuda::scale_bytes(inputs[0], self.groups)
+    }
+
+    fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
+        pair::cuda::repeat(self.groups, io)
     }
 }

@@ -89,7 +89,7 @@ impl Op for Conv2d {
 
     fn workspace(&self, inputs: &[&TensorDesc]) -> usize {
         match (self.statistics, self.geometry(inputs[0], inputs[1])) {
-            (Some(groups), Ok(g)) => workspace_bytes(g.c_out, groups),
+            (Some(groups), Ok(g)) => workspace_bytes(2, g.c_out, groups),
             _ => 0,
         }
     }
@@ -159,7 +159,7 @@ impl Op for Conv2d {
 /// The sums of y and of y^2 over the rows of each group, `[groups][2][channels]`.
 fn statistics<T: Real>(y: &[T], (groups, channels): (usize, usize), workspace: &mut [u8], sums: &mut [T]) {
     let group_rows = y.len() / channels / groups;
-    let totals = group_sums::<T>(workspace, (groups, group_rows, channels), |_, row, [first, second], _| {
+    let totals = group_sums::<T, 2>(workspace, (groups, group_rows, channels), |_, row, [first, second], _| {
         let y = &y[row * channels..][..channels];
         let (first, second) = (&mut first[..channels], &mut second[..channels]);
         for c in 0..channels {

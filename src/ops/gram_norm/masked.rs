@@ -7,7 +7,7 @@ use crate::backend::cuda::CudaIo;
 use crate::error::Result;
 use crate::graph::Op;
 use crate::graph::op::dispatch_real;
-use crate::ops::batch_norm::sums::{CHAIN, block_rows, workspace_bytes};
+use crate::ops::batch_norm::sums::{CHAIN, block_rows};
 use crate::ops::group_sums;
 use crate::tensor::TensorDesc;
 
@@ -32,10 +32,6 @@ impl Op for Masked {
     fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
         expect(Masked::NAME, "d_y", inputs[0], inputs[1])?;
         Ok(vec![inputs[0].clone(), group_sums::sums_desc(inputs[0], self.groups)])
-    }
-
-    fn workspace(&self, inputs: &[&TensorDesc]) -> usize {
-        workspace_bytes(inputs[0].shape.channels(), self.groups)
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {

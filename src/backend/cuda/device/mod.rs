@@ -223,12 +223,12 @@ impl Driver for CudaDevice {
 
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
         self.bind_outside_capture("measure time")?;
-        let (start, end) = (Mark::new(&self.context)?, Mark::new(&self.context)?);
-        self.compute.record(&start)?;
+        let (start, end) = (self.event()?, self.event()?);
+        self.record(&start, Stream::Compute)?;
         work()?;
-        self.compute.record(&end)?;
-        end.synchronize()?;
-        start.elapsed_until(&end)
+        self.record(&end, Stream::Compute)?;
+        self.finish(&end)?;
+        self.elapsed(&start, &end)
     }
 
     fn synchronize(&self) -> Result<()> {
@@ -243,12 +243,17 @@ impl Driver for CudaDevice {
         Ok(DeviceMemory { free, total })
     }
 
+    fn allocations(&self) -> u64 {
+        self.allocations.made()
+    }
+
     fn libraries(&self) -> Result<Option<&dyn Libraries>> {
         Ok(Some(self.loaded_libraries()?))
     }
 
     fn pinned(&self, bytes: usize) -> Result<Box<dyn Pinned>> {
         self.bind_outside_capture("allocate page-locked memory")?;
+        self.allocations.count();
         Ok(Box::new(PinnedBlock::new(&self.context, bytes)?))
     }
 
@@ -276,6 +281,7 @@ impl Driver for CudaDevice {
 
     fn event(&self) -> Result<Event> {
         self.bind()?;
+        self.allocations.count();
         Ok(Event(Box::new(Mark::new(&self.context)?)))
     }
 
@@ -311,6 +317,7 @@ impl Driver for CudaDevice {
     fn end_capture(&self) -> Result<Graph> {
         self.bind()?;
         let recorded = self.capture.end(&self.compute)?;
+        self.allocations.count();
         Ok(Graph(Box::new(Executable::new(&recorded, &self.context, &self.compute)?)))
     }
 

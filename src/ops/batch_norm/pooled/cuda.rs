@@ -10,7 +10,7 @@ use crate::ops::row_tiles::{RowTiles, Rows};
 use crate::tensor::TensorDesc;
 
 use super::super::cuda::{
-    Statistics, Sums, finish_backward, known_statistics, partials_bytes, statistics, workspace_bytes,
+    Affine, Statistics, Sums, finish_backward, known_statistics, partials_bytes, statistics, workspace_bytes,
 };
 use super::super::{BatchNorm, BatchNormBackward};
 use super::Windows;
@@ -63,7 +63,7 @@ impl StemPooling {
 pub(super) fn forward(op: &BatchNorm, windows: Windows, io: &CudaIo<'_>) -> Result<()> {
     let pooling = StemPooling::new(windows, io.inputs[0].desc, op.groups)?;
     let rows = Rows::new(io.inputs[0].desc, op.groups);
-    let statistics = statistics(op, &rows, io)?;
+    let statistics = statistics(op, &rows, io, 1)?;
     // SAFETY: `infer` made y and `taken`, outputs 0 and 3, and the statistics are [groups, channels].
     unsafe { apply(pooling, statistics, [0, 3], io) }
 }
@@ -113,7 +113,8 @@ pub(super) fn backward(op: &BatchNormBackward, windows: Windows, io: &CudaIo<'_>
     unsafe { io.launch(quads.grid(tiles), call)? };
 
     let rows = Rows::new(io.inputs[1].desc, op.groups).rows;
-    finish_backward(op, Sums { rows, summed: &quads }, io)?;
+    let sums = Sums { rows, summed: &quads, partials, coefficients };
+    finish_backward(sums, Affine { rstd: 3, gamma: Some(4), d_gamma: 1 }, io)?;
 
     let (tiles, d_x) = (quads.streaming(), &io.outputs[0]);
     let (all, accumulate) = ((quads.groups * quads.channels) as i64, i32::from(d_x.accumulate));

@@ -112,7 +112,7 @@ impl Op for BatchNormMaxPool {
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
         let windows = Windows::new(io.inputs[0].desc)?;
         dispatch_real!("batch_norm_max_pool", io.inputs[0].desc.dtype, T => {
-            let groups = cpu::statistics::<T>(&self.norm, io);
+            let groups = cpu::statistics::<T>(&self.norm, io, 1);
             let x = io.inputs[0].get::<T>();
             let (head, tail) = io.outputs.split_at_mut(3);
             forward(windows, &groups, x, head[0].get::<T>(), tail[0].get::<u8>());
