@@ -261,13 +261,14 @@ measure_variants() {
     engine_step sequential "$dtype" largest --views sequential
 }
 
-# prepared FILE NAME: sets `dataset` to the dataset file of FILE, made if it is none yet.
+# prepared FILE NAME: sets `dataset` to the dataset file of FILE, made if it is none yet; in the images' own size, for what is
+# trained here is small.
 prepared() {
     case $1 in
         *.ssds) dataset=$1 ;;
         *)
             dataset=$PWD/$2.ssds
-            [ -e "$dataset" ] || check "$2" 120 "$engine" prepare "$1" "$dataset"
+            [ -e "$dataset" ] || check "$2" 120 "$engine" prepare "$1" "$dataset" --store raw
             ;;
     esac
 }
