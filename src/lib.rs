@@ -2,6 +2,7 @@
 
 pub mod atomic;
 pub mod backend;
+mod choice;
 pub mod cli;
 pub mod data;
 pub mod error;

@@ -152,7 +152,7 @@ fn every_format_holds_the_weights() {
     assert_eq!(plain.len(), 6 + (18 + 6) + 18 + (18 + 6), "conv and batch norm have 6 tensors");
 
     let file = fs::read(export(folder, "a.pth.tar", &[])).unwrap();
-    assert_eq!(torch::read(&file).unwrap(), plain);
+    assert_eq!(torch::read(Path::new("x.pth"), file).unwrap(), plain);
     let (read, metadata) = safetensors::read(&export(folder, "b.safetensors", &[])).unwrap();
     assert_eq!((read, metadata["loss"].as_str()), (plain, "-0.5000"));
     let (read, _) = safetensors::read(&export(folder, "c.safetensors", &["--to", "safetensors"])).unwrap();
@@ -162,7 +162,7 @@ fn every_format_holds_the_weights() {
     assert_eq!(read, tensors, "all but the momentum");
     assert_eq!((metadata["dim"].as_str(), metadata["knn_top1"].as_str()), ("6", "0.4375 at step 9"));
     let file = fs::read(export(folder, "e.pkl", &["--to", "detectron2"])).unwrap();
-    assert_eq!(detectron2::read(&file).unwrap(), backbone(&tensors, Format::Detectron2));
+    assert_eq!(detectron2::read(Path::new("x.pkl"), &file).unwrap(), backbone(&tensors, Format::Detectron2));
 
     let outputs = folder.join("outputs.safetensors");
     let options = ["--to", "onnx", "--heads", "--features", outputs.to_str().unwrap()];

@@ -9,16 +9,20 @@ use std::time::{Duration, Instant};
 use image::{Rgb, RgbImage};
 use serde_json::Value;
 use simsiam_engine::backend::cpu::Tier;
+use simsiam_engine::data::augment::AugmentConfig;
 use simsiam_engine::data::dataset::Dataset;
-use simsiam_engine::exec::{CpuExecutor, Executor};
+use simsiam_engine::exec::{CpuExecutor, Device, Executor, Options};
 use simsiam_engine::nn::classifier::{Classifier, ClassifierGraph};
 use simsiam_engine::nn::resnet::{Block, ResNet, Stem};
 use simsiam_engine::nn::simsiam::{StepShape, ViewSource};
 use simsiam_engine::ops::sgd::StepParam;
 use simsiam_engine::tensor::safetensors::{self, NamedTensors};
 use simsiam_engine::tensor::{DType, HostTensor};
+use simsiam_engine::train::epilogues::EpilogueChoice;
+use simsiam_engine::train::memory::MemoryChoice;
 use simsiam_engine::train::state::{to_engine, to_torch};
 use simsiam_engine::train::subset::{Fraction, Subset};
+use simsiam_engine::train::supervised::{Place, Supervised};
 
 const CLASSES: usize = 7;
 const BATCH: usize = 6;
@@ -286,6 +290,63 @@ fn a_killed_run_goes_on_after_its_last_whole_epoch_bit_for_bit() {
     assert!(bench.classifier("killed") == bench.classifier("whole"), "the networks differ");
 }
 
+/// What a fine-tuning step of the toy network takes on the CPU, in bytes.
+fn planned(bench: &Bench, budget: &str, frozen: usize) -> Result<usize, String> {
+    let backbone = ResNet { block: Block::Basic, depths: vec![1, 1], width: 6, stem: Stem::Cifar };
+    let memory = MemoryChoice { budget: budget.parse().unwrap(), ..MemoryChoice::default() };
+    let (device, options, epilogues) = (Device::Cpu(Tier::Direct), Options::default(), EpilogueChoice::default());
+    let place = Place { device: &device, dtype: DType::F32, options, epilogues, memory };
+    let model = Classifier { backbone, classes: 3, frozen };
+    let augment = AugmentConfig { image_size: 10, ..AugmentConfig::imagenet() };
+    let dataset = Dataset::open(&bench.train).unwrap();
+    let trainer = Supervised::new(&model, &augment, &place, &dataset, 24).map_err(|error| error.to_string())?;
+    Ok(trainer.planned_memory())
+}
+
+#[test]
+fn a_memory_budget_is_kept_and_changes_no_bit() {
+    let bench = Bench::new();
+    let [free, least] = ["none", "min"].map(|budget| planned(&bench, budget, 0).unwrap());
+    let between = (free + least) / 2;
+    assert!(least < free && planned(&bench, &format!("{between}B"), 0).unwrap() <= between, "{least} {free}");
+    let message = planned(&bench, &format!("{}B", least - 1), 0).unwrap_err();
+    assert!(message.starts_with("--memory-budget: expected at least "), "{message}");
+    assert!(message.ends_with("; hint: use a smaller --batch, or --from-layer"), "{message}");
+
+    let free = bench.json("free", "--epochs 2 --baseline");
+    let tight = bench.json("tight", "--epochs 2 --baseline --memory-budget min");
+    assert_eq!(free["config"]["machine"].get("memory"), None);
+    assert_eq!(tight["config"]["machine"]["memory"]["budget"], "min");
+    for arm in ["finetuned", "scratch"] {
+        assert_eq!(losses(&free, arm), losses(&tight, arm), "{arm}");
+    }
+    assert!(bench.classifier("free") == bench.classifier("tight"), "the networks differ");
+    // The head alone takes less than the baseline beside it, which must be seen before the head is trained.
+    let head = planned(&bench, "none", 3).unwrap();
+    assert!(head < least, "{head} {least}");
+    let options = format!("--epochs 1 --from-layer fc --memory-budget {head}B");
+    bench.json("head", &options);
+    let message = bench.error("both", &format!("{options} --baseline"));
+    assert!(message.contains("--memory-budget: expected at least") && !bench.path("both").exists(), "{message}");
+}
+
+#[test]
+fn a_memory_budget_can_be_taken_off_and_views_are_one() {
+    let bench = Bench::new();
+    let run = bench.json("run", "--epochs 2 --memory-budget min");
+    let path = bench.path("run/finetune.toml");
+    let config = std::fs::read_to_string(&path).unwrap();
+    let resume = ["finetune", "--resume", bench.path("run").to_str().unwrap(), "--json"].map(String::from);
+    let resume = resume.each_ref().map(String::as_str);
+    std::fs::write(&path, config.replace("budget = \"min\"", "budget = \"1kB\"")).unwrap();
+    assert!(common::fail(&resume).contains("--memory-budget: expected at least"));
+    let again = common::succeed(&[&resume[..], &["--memory-budget", "none"]].concat());
+    let again: Value = serde_json::from_str(&again).unwrap();
+    assert_eq!(losses(&again, "finetuned"), losses(&run, "finetuned"));
+    std::fs::write(&path, config.replace("views = \"together\"", "views = \"sequential\"")).unwrap();
+    assert!(common::fail(&resume).contains("views: expected together: fine-tuning has one view of each image"));
+}
+
 #[cfg(feature = "emulator")]
 #[test]
 fn the_emulated_device_learns_as_the_cpu_does() {
@@ -300,8 +361,11 @@ fn the_emulated_device_learns_as_the_cpu_does() {
     }
     let eager = bench.json("eager", "--device cuda-emulated --dtype bf16 --no-graph --from-layer layer2");
     let graph = bench.json("graph", "--device cuda-emulated --dtype bf16 --from-layer layer2");
-    assert_eq!(losses(&eager, "finetuned"), losses(&graph, "finetuned"));
-    assert!(bench.classifier("eager") == bench.classifier("graph"));
+    let tight = bench.json("tight", "--device cuda-emulated --dtype bf16 --from-layer layer2 --memory-budget min");
+    for other in [("eager", &eager), ("tight", &tight)] {
+        assert_eq!(losses(other.1, "finetuned"), losses(&graph, "finetuned"), "{}", other.0);
+        assert!(bench.classifier(other.0) == bench.classifier("graph"), "{}", other.0);
+    }
 }
 
 #[test]

@@ -260,11 +260,9 @@ impl Trained {
 
     /// The arguments of a run on 64 images in batches of 16: 4 steps an epoch.
     fn args(&self, run: &str, more: &str) -> Vec<String> {
-        let args = format!(
-            "train {} --run {} --preset cifar --image-size 10 --batch 16 --device cpu {more}",
-            self.data.display(),
-            self.path(run)
-        );
+        let size = if more.contains("--image-size") { "" } else { "--image-size 10" };
+        let (data, run) = (self.data.display(), self.path(run));
+        let args = format!("train {data} --run {run} --preset cifar {size} --batch 16 --device cpu {more}");
         args.split_whitespace().map(String::from).collect()
     }
 
@@ -378,4 +376,72 @@ fn what_cannot_begin_a_run_is_one_sentence_and_leaves_nothing() {
             .fail("run", &format!("--init {own} --continue {NETWORK}"))
             .contains("belongs to a run; hint: continue that with --resume")
     );
+}
+
+/// Whatever takes a run takes an imported checkpoint.
+#[test]
+fn an_imported_checkpoint_stands_for_a_run() {
+    let bench = Trained::new();
+    let (values, _) = safetensors::read(&fixture("values.safetensors")).unwrap();
+    let (file, imported) = (fixture("classifier-legacy.pth"), bench.path("imported.safetensors"));
+    let images = ["--image-size", "20", "--mean", "0.3,0.4,0.5", "--std", "0.2,0.25,0.125"];
+    succeed(&[&["import", file.to_str().unwrap(), "--out", &imported], &images[..]].concat());
+    // Out again, the tensors are PyTorch's.
+    let exported = bench.path("exported.safetensors");
+    let said = succeed(&["export", &imported, &exported]);
+    assert!(said.contains("custom from classifier-legacy.pth, "), "{said}");
+    let (tensors, metadata) = safetensors::read(Path::new(&exported)).unwrap();
+    assert_eq!(tensors, part(&values, "classifier/"));
+    let digest = blake3::hash(&fs::read(&file).unwrap()).to_string();
+    let fact = |name: &str| metadata.get(name).map(String::as_str);
+    assert_eq!((fact("imported_from"), fact("blake3")), (Some("classifier-legacy.pth"), Some(digest.as_str())));
+    assert_eq!((fact("mean"), fact("image_size"), fact("step")), (Some("0.3,0.4,0.5"), Some("20"), None));
+    let card = fs::read_to_string(bench.path("exported.md")).unwrap();
+    assert!(card.starts_with("# custom from classifier-legacy.pth\n") && !card.contains("[recipe]"), "{card}");
+    assert!(
+        fail(&["export", &imported, &bench.path("h.safetensors"), "--to", "safetensors", "--heads"])
+            .contains("tensor encoder.fc.0.weight is missing")
+    );
+
+    // Features are those of a run that begins with it, to the bit.
+    let options =
+        "--arch custom --block bottleneck --depths 1,1 --width 2 --stem imagenet --dim 24 --epochs 1 --keep-last 9";
+    bench.run("run", &format!("--init {imported} {options} {}", images.join(" ")));
+    let data = bench.data.to_str().unwrap();
+    let features = |source: &str, name: &str| {
+        let out = bench.path(name);
+        succeed(&["embed", source, data, "--out", &out, "--device", "cpu"]);
+        safetensors::read(Path::new(&out)).unwrap().0["features"].clone()
+    };
+    let direct = features(&imported, "a.safetensors");
+    assert_eq!(direct.desc().shape.dims(), [64, 16]);
+    assert_eq!(direct, features(&bench.path("run/checkpoints/step-00000000.safetensors"), "b.safetensors"));
+
+    let knn = ["eval", "knn", &imported, "--bank", data, "--queries", data, "--k", "5", "--device", "cpu", "--json"];
+    let knn: serde_json::Value = serde_json::from_str(&succeed(&knn)).unwrap();
+    assert_eq!(knn["network"]["step"], serde_json::Value::Null, "{knn}");
+    let tuned = bench.path("tuned");
+    let finetune = ["finetune", &imported, "--train", data, "--test", data, "--run", &tuned, "--epochs", "1"];
+    succeed(&[&finetune[..], &["--from-layer", "fc", "--device", "cpu"]].concat());
+    let (tuned, _) = safetensors::read(&bench.folder.path().join("tuned/finetuned/classifier.safetensors")).unwrap();
+    assert_eq!(tuned["conv1.weight"], values["classifier/conv1.weight"]);
+}
+
+#[test]
+fn counters_that_a_file_lacks_are_zero_in_the_checkpoint() {
+    let bench = Trained::new();
+    let (values, _) = safetensors::read(&fixture("values.safetensors")).unwrap();
+    let mut tensors = part(&values, "classifier/");
+    tensors.retain(|name, _| !name.ends_with("num_batches_tracked"));
+    let file = bench.path("bare.safetensors");
+    safetensors::write(Path::new(&file), &tensors, &BTreeMap::new()).unwrap();
+    let (imported, exported) = (bench.path("imported.safetensors"), bench.path("exported.safetensors"));
+    succeed(&["import", &file, "--out", &imported, "--image-size", "20"]);
+    succeed(&["export", &imported, &exported]);
+    let (whole, _) = safetensors::read(Path::new(&exported)).unwrap();
+    assert!(tensors.iter().all(|(name, tensor)| whole[name] == *tensor));
+    assert_eq!(whole["bn1.num_batches_tracked"].bytes(), [0; 8]);
+    // A checkpoint that was taken from its run knows nothing of its network.
+    checkpoint::save(Path::new(&imported), &whole, &serde_json::json!({ "step": 7 })).unwrap();
+    assert!(fail(&["export", &imported, &bench.path("x")]).contains("make those of other files with import --out"));
 }

@@ -73,6 +73,13 @@ fn pickle(body: &[u8]) -> Vec<u8> {
     [b"\x80\x02", body, b"."].concat()
 }
 
+/// A numpy array of this shape and element type, of the bytes that `bytes` pushes.
+fn array(shape: &[u8], dtype: &str, bytes: &[u8]) -> Vec<u8> {
+    let empty = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85C\x01b\x87R(K\x01";
+    let dtype = [b"cnumpy\ndtype\nU\x02", dtype.as_bytes(), b"\x85R\x89"].concat();
+    [empty, shape, &dtype, bytes, b"tb"].concat()
+}
+
 /// A storage of 4 floats, and a tensor of it with this offset, shape and stride.
 fn tensor(offset: &str, shape: &[u8], stride: &[u8]) -> Vec<u8> {
     let storage = b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x04tQ";
@@ -114,6 +121,13 @@ fn malicious_pickles_are_refused_by_name_and_place() {
         (b"cargparse\nNamespace\n)R", "the pickle calls Namespace with ()"),
         (b"K\x01}b", "sets the state of an int"),
         (b"ctorch._utils\n_rebuild_parameter\nK\x01\x85R", "calls RebuildParameter with (an int)"),
+        (b"cnumpy\nndarray\n)R", "calls NumpyArray with ()"),
+        (
+            b"cnumpy._core.multiarray\n_reconstruct\ncbuiltins\nset\n\x85R",
+            "calls NumpyReconstruct with (a function or class)",
+        ),
+        (b"cbuiltins\nbytes\nK\x07\x85R", "calls Bytes with (an int)"),
+        (b"cnumpy\ndtype\nX\x03\0\0\0>f4\x85R", "a numpy type that is no little-endian number"),
         (b"K\x01Q", "a reference to a storage that is no tuple of five"),
         (b"h\x05", "recalls value 5, which it has not stored"),
         (b"K\x01K\x02a", "appends to an int"),
@@ -170,6 +184,28 @@ fn tensors_stay_in_their_storages() {
     assert!(message.contains("storage 0: expected 4 elements of F32, got 12 bytes"), "{message}");
     let absent = zip(&[("a/data.pkl", &pickle(&tensor("0", b"K\x04\x85", b"K\x01\x85")))]);
     assert!(import(absent).unwrap_err().to_string().contains("got none"));
+}
+
+#[test]
+fn arrays_are_as_long_as_they_say() {
+    let many = b"(K\x01K\x01K\x01K\x01K\x01K\x01K\x01K\x01K\x01t";
+    for (shape, dtype, bytes, expected) in [
+        (&b"K\x02K\x01\x86"[..], "f4", &b"C\x08\0\0\0\0\0\0\0\0"[..], "found a numpy array"),
+        (b"K\x03K\x01\x86", "f4", b"C\x08\0\0\0\0\0\0\0\0", "a numpy array [3, 1] of F32 with 8 bytes"),
+        (b"K\x01\x85", "f8", b"C\x08\0\0\0\0\0\0\0\0N", "state is no tuple of five"),
+        (b"K\x01\x85", "u1", b"]", "a numpy array [1] of U8 with a list"),
+        (b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7fK\x05\x86", "f4", b"C\0", "of F32 with 0 bytes"),
+        (b"J\xff\xff\xff\xff\x85", "f4", b"C\0", "a numpy array without a type or a shape of up to 8 dimensions"),
+        (many, "f4", b"C\x04\0\0\0\0", "a shape of up to 8 dimensions"),
+        // Of objects nothing is kept.
+        (b"K\x03\x85", "O8", b"]", "found a numpy array"),
+    ] {
+        let message = refusal(&pickle(&array(shape, dtype, bytes)));
+        assert!(message.contains(expected), "{shape:?} {dtype}: {message}");
+    }
+    // The state of an array is set once.
+    let twice = [array(b"K\0\x85", "f4", b"C\0"), b"}b".to_vec()].concat();
+    assert!(refusal(&pickle(&twice)).contains("sets the state of a numpy array"));
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 /// The layers from left to right. The groups of one layer do not know each other; the modules of one group may.
 const LAYERS: &[&[&[&str]]] = &[
-    &[&["error", "atomic", "rng", "tensor"]],
+    &[&["error", "atomic", "choice", "rng", "tensor"]],
     &[&["data"], &["backend"]],
     &[&["graph"]],
     &[&["ops"]],

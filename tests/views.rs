@@ -347,6 +347,30 @@ fn a_run_keeps_its_mode_and_its_checkpoints_go_on_in_the_other() {
 }
 
 #[test]
+fn a_budget_can_be_taken_off_a_run_that_goes_on() {
+    let bench = Bench::new();
+    let lines = bench.train("run", "--device cpu --memory-budget min");
+    let bits = bench.weights("run");
+    // What no recomputation can meet: only without a budget is there a plan.
+    let config = bench.config("run");
+    for budget in ["1kB", "none"] {
+        let changed = config.replace("budget = \"min\"", &format!("budget = \"{budget}\""));
+        assert_ne!(changed, config);
+        std::fs::write(bench.run_path("run").join("config.toml"), changed).unwrap();
+        let resume = ["train", "--resume", bench.run_path("run").to_str().unwrap()].map(String::from);
+        let options = if budget == "1kB" {
+            let message = common::fail(&resume.each_ref().map(String::as_str));
+            assert!(message.contains("--memory-budget: expected at least"), "{message}");
+            "--memory-budget none"
+        } else {
+            ""
+        };
+        assert_eq!(bench.resume_from("run", 2, options), lines, "{budget}");
+        assert!(bench.weights("run") == bits, "{budget}");
+    }
+}
+
+#[test]
 fn the_command_line_says_what_it_cannot_do() {
     let bench = Bench::new();
     let run = bench.run_path("refused");

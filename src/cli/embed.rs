@@ -24,7 +24,7 @@ use crate::exec::{DeviceChoice, Opened, Options, Precision};
 use crate::nn::simsiam::Layer;
 use crate::report::chart::gallery::{Row, Tile, write_gallery};
 use crate::report::chart::scatter::{Point, Scatter, write_scatter};
-use crate::train::trained::{self, Trained};
+use crate::train::trained;
 
 /// Computes the features of every image of a dataset, as evaluation sees it: resized, the centre cut out, no augmentation,
 /// batch norm by its running statistics. Memory does not grow with the dataset.
@@ -34,7 +34,7 @@ use crate::train::trained::{self, Trained};
 #[derive(Debug, clap::Args)]
 #[command(group(clap::ArgGroup::new("output").required(true).multiple(true)))]
 pub struct EmbedArgs {
-    /// Run directory, whose newest checkpoint is taken, or a checkpoint file in one.
+    /// Run directory, whose newest checkpoint is taken, a checkpoint file in one, or a file of `import --out`.
     #[arg(value_name = "RUN_OR_CHECKPOINT")]
     source: PathBuf,
     /// Dataset file, or manifest of shards; labels are not needed.
@@ -165,7 +165,7 @@ fn refuse_outputs(args: &EmbedArgs, format: Option<Format>) -> Result<()> {
 
 /// The network with its trained weights, what it is called, and what files say of it.
 fn load(args: &EmbedArgs) -> Result<(FeatureExtractor, String, BTreeMap<String, String>)> {
-    let Trained { config, checkpoint, .. } = trained::open(&args.source)?;
+    let trained = trained::open(&args.source)?;
     let MachineArgs { device, dtype, cpu_conv, .. } = args.machine;
     let Opened { device, instead_of_gpu } = device.open(cpu_conv)?;
     if let Some(error) = instead_of_gpu {
@@ -174,20 +174,20 @@ fn load(args: &EmbedArgs) -> Result<(FeatureExtractor, String, BTreeMap<String, 
     dtype.check_trainable_on(&device)?;
     let options = Options { choice: dtype.choice(false), ..Options::default() };
     let mut extractor =
-        FeatureExtractor::of_layer(&config.model, args.layer, &config.augment, &device, (dtype.dtype(), options))?;
-    extractor.load(checkpoint.tensors())?;
-    let step = checkpoint.state.step;
-    let title = format!("{} after step {step}", args.source.display());
+        FeatureExtractor::of_layer(&trained.model, args.layer, &trained.augment, &device, (dtype.dtype(), options))?;
+    extractor.load(trained.checkpoint.tensors())?;
+    let title = format!("{} {}", args.source.display(), trained.history());
     let metadata = [
         ("source", args.source.display().to_string()),
-        ("arch", arch_name(&config.model.backbone)),
-        ("step", step.to_string()),
+        ("arch", arch_name(&trained.model.backbone)),
         ("layer", args.layer.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string())),
         ("normalized", args.normalize.to_string()),
         ("dataset", args.dataset.display().to_string()),
         ("engine", format!("simsiam-engine {}", env!("CARGO_PKG_VERSION"))),
     ];
-    Ok((extractor, title, metadata.map(|(key, value)| (key.to_string(), value)).into()))
+    let step = trained.step().map(|step| ("step", step.to_string()));
+    let metadata = metadata.into_iter().chain(step).map(|(key, value)| (key.to_string(), value));
+    Ok((extractor, title, metadata.collect()))
 }
 
 fn check_finite(values: &[f32], dim: usize, first: usize) -> Result<()> {

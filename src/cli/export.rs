@@ -16,7 +16,7 @@ use crate::tensor::safetensors;
 
 #[derive(Debug, clap::Args)]
 pub struct ExportArgs {
-    /// Run directory, whose newest checkpoint is taken, or a checkpoint file in one.
+    /// Run directory, whose newest checkpoint is taken, a checkpoint file in one, or a file of `import --out`.
     #[arg(value_name = "RUN_OR_CHECKPOINT")]
     source: PathBuf,
     /// File to write. Its model card lies beside it, with the ending .md.
@@ -60,9 +60,9 @@ pub fn run(args: ExportArgs) -> Result<()> {
         safetensors::write(path, &verified.outputs, &BTreeMap::new())?;
     }
     print(|out| {
-        let (path, arch, step) = (args.out.display(), source.config.model.backbone.arch(), source.step);
+        let (path, arch, history) = (args.out.display(), source.model.backbone.arch(), &source.history);
         let (tensors, parameters) = (verified.tensors, HumanCount(source.parameters() as u64));
-        writeln!(out, "{path}: {arch} after step {step}, {tensors} tensors, {parameters} parameters")?;
+        writeln!(out, "{path}: {arch} {history}, {tensors} tensors, {parameters} parameters")?;
         let (images, difference) = (verified.images(), verified.difference);
         writeln!(
             out,
@@ -73,7 +73,7 @@ pub fn run(args: ExportArgs) -> Result<()> {
         let (language, lines) = snippet(&source, args.format, &args.out.display().to_string());
         writeln!(out, "\nTo load it ({language}):\n")?;
         lines.iter().try_for_each(|line| writeln!(out, "  {line}"))?;
-        let augment = &source.config.augment;
+        let augment = &source.augment;
         writeln!(out, "\nIts images are RGB in 0..1, minus {:?}, divided by {:?}.", augment.mean, augment.std)
     })
 }

@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::augment_args::numbers;
 use super::machine_args::MachineArgs;
+use super::memory_args::BudgetArgs;
 use super::meter::Meter;
 use super::model_args::arch_name;
 use super::output::print;
@@ -32,7 +33,8 @@ const CLASSES_SHOWN: usize = 40;
 /// the centre crops of the test images; the figure to report is that of the last epoch, never the best of many.
 #[derive(Debug, clap::Args)]
 pub struct FinetuneArgs {
-    /// Run directory of the pretraining, whose newest checkpoint is taken, or a checkpoint file in one.
+    /// Run directory of the pretraining, whose newest checkpoint is taken, a checkpoint file in one, or a file of
+    /// `import --out`.
     #[arg(value_name = "RUN_OR_CHECKPOINT", required_unless_present = "resume", conflicts_with = "resume")]
     source: Option<PathBuf>,
     /// Dataset file with labels to learn from.
@@ -68,6 +70,8 @@ pub struct FinetuneArgs {
     recipe: RecipeArgs,
     #[command(flatten)]
     machine: MachineArgs,
+    #[command(flatten)]
+    budget: BudgetArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -154,9 +158,10 @@ fn start(args: &FinetuneArgs) -> Result<Asked> {
     };
     finetune::check_new(run)?;
     let mut machine = Machine { device: DeviceChoice::Auto, ..Machine::default() };
+    machine.memory = args.budget.choose(machine.memory);
     let device = args.machine.open(&mut machine, true)?;
-    let Trained { config: pretraining, checkpoint, .. } = trained::open(source)?;
-    let (recipe, of_run) = (&args.recipe, &pretraining.augment);
+    let Trained { model, augment, checkpoint, .. } = trained::open(source)?;
+    let recipe = &args.recipe;
     let config = FinetuneConfig {
         source: absolute(source)?,
         train: absolute(train)?,
@@ -175,11 +180,11 @@ fn start(args: &FinetuneArgs) -> Result<Asked> {
             momentum: recipe.momentum,
             weight_decay: recipe.weight_decay,
         },
-        backbone: pretraining.model.backbone.clone(),
+        backbone: model.backbone,
         augment: AugmentConfig {
-            image_size: of_run.image_size,
-            mean: of_run.mean,
-            std: of_run.std,
+            image_size: augment.image_size,
+            mean: augment.mean,
+            std: augment.std,
             crop_scale: recipe.crop_scale.unwrap_or(CROP_SCALE),
             jitter_probability: 0.0,
             grayscale_probability: 0.0,
@@ -195,6 +200,7 @@ fn start(args: &FinetuneArgs) -> Result<Asked> {
 fn resume(args: &FinetuneArgs, path: &Path) -> Result<Asked> {
     let mut config = FinetuneConfig::read(path)?;
     let folder = finetune::hold(path)?;
+    config.machine.memory = args.budget.choose(config.machine.memory);
     let device = args.machine.open(&mut config.machine, false)?;
     let checkpoint = trained::open(&config.source)?.checkpoint;
     Ok(Asked { config, folder: Some(folder), device, pretrained: checkpoint.tensors().clone() })

@@ -2,15 +2,19 @@
 
 use std::path::{Path, PathBuf};
 
+use super::augment_args::numbers;
 use super::output::print;
+use super::preset::Preset;
+use crate::data::augment::AugmentConfig;
 use crate::data::writer::refuse_existing;
 use crate::error::{Error, Result};
-use crate::import::{self, Foreign, Network, Origin, Report, Weights};
-use crate::nn::resnet::{Arch, ResNet};
+use crate::import::{self, Foreign, Format, Network, Origin, Report, Weights};
+use crate::nn::resnet::{Arch, ResNet, Stem};
 use crate::nn::simsiam::SimSiam;
 use crate::tensor::safetensors::NamedTensors;
 use crate::train::checkpoint;
 use crate::train::config::InitFrom;
+use crate::train::trained::{self, Imported};
 
 #[derive(Debug, clap::Args)]
 pub struct ImportArgs {
@@ -18,7 +22,8 @@ pub struct ImportArgs {
     /// it is executed.
     #[arg(value_name = "FILE")]
     source: PathBuf,
-    /// Write a checkpoint for `train --init`, with momenta and epoch where the file has them.
+    /// Write a checkpoint that stands alone, for `train --init`, `eval`, `embed`, `finetune` and `export`; with momenta and
+    /// epoch where the file has them.
     #[arg(long, value_name = "CHECKPOINT")]
     out: Option<PathBuf>,
     /// The backbone that is expected [default: the one that the file holds].
@@ -27,6 +32,8 @@ pub struct ImportArgs {
     /// Leave projector, predictor and momenta out.
     #[arg(long)]
     backbone_only: bool,
+    #[command(flatten)]
+    images: ImageArgs,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -35,13 +42,48 @@ pub struct ImportArgs {
     force: bool,
 }
 
+/// The images that the network was trained on, which no file says.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Images of --out")]
+struct ImageArgs {
+    /// Height and width of an image in pixels [default: those of a run; else 224, with a stem for small images 32].
+    #[arg(long, value_name = "PIXELS", requires = "out")]
+    image_size: Option<usize>,
+    /// Mean of the channels in 0..1 [default: that of a run; else ImageNet's, with a stem for small images CIFAR-10's].
+    #[arg(long, value_name = "R,G,B", value_parser = numbers::<f32, 3>, requires = "out")]
+    mean: Option<[f32; 3]>,
+    /// Standard deviation of the channels [default: as for the mean].
+    #[arg(long, value_name = "R,G,B", value_parser = numbers::<f32, 3>, requires = "out")]
+    std: Option<[f32; 3]>,
+}
+
+impl ImageArgs {
+    /// The images of a network with this stem from a file.
+    fn resolve(&self, foreign: &Foreign, stem: Stem) -> Result<AugmentConfig> {
+        let is_own = foreign.format == Format::Checkpoint;
+        let defaults = match (is_own.then(|| trained::open(&foreign.path).ok()).flatten(), stem) {
+            (Some(trained), _) => trained.augment,
+            (None, Stem::Imagenet) => Preset::Imagenet.augment(),
+            (None, Stem::Cifar) => Preset::Cifar.augment(),
+        };
+        let augment = AugmentConfig {
+            image_size: self.image_size.unwrap_or(defaults.image_size),
+            mean: self.mean.unwrap_or(defaults.mean),
+            std: self.std.unwrap_or(defaults.std),
+            ..defaults
+        };
+        augment.validate()?;
+        Ok(augment)
+    }
+}
+
 pub fn run(args: &ImportArgs) -> Result<()> {
     if let Some(out) = &args.out {
         refuse_existing(out, args.force)?;
     }
     let foreign = import::open(&args.source)?;
     let expected = args.arch.map(|arch| expected(&foreign, arch)).transpose()?;
-    let Weights { tensors, report, .. } = import::fit(&foreign, expected.as_ref(), args.backbone_only)?;
+    let Weights { tensors, report, network } = import::fit(&foreign, expected.as_ref(), args.backbone_only)?;
     print(|out| match args.json {
         true => writeln!(out, "{:#}", serde_json::to_value(&report)?),
         false => report.print(out),
@@ -50,14 +92,18 @@ pub fn run(args: &ImportArgs) -> Result<()> {
         return Err(misfit(&foreign, &report));
     }
     let Some(out) = &args.out else { return Ok(()) };
+    let (model, augment) = (network.model(), args.images.resolve(&foreign, network.backbone.stem)?);
+    let file = foreign.path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+    let imported = Some(Imported { file, blake3: digest(&foreign.path)?, model, augment });
     let Origin { step, epoch, .. } = foreign.origin;
-    let origin = Origin { step, epoch, optimiser: report.optimiser };
+    let origin = Origin { step, epoch, optimiser: report.optimiser, imported };
     checkpoint::save(out, &tensors, &origin)?;
     if !args.json {
         let epoch = epoch.filter(|_| report.momenta > 0).map_or("", |_| ", or --continue it");
         print(|stdout| {
             writeln!(stdout, "\nwrote {}; begin a run with it{epoch}:", out.display())?;
-            writeln!(stdout, "  simsiam-engine train DATA --run DIR --init {} {}", out.display(), report.options)
+            writeln!(stdout, "  simsiam-engine train DATA --run DIR --init {} {}", out.display(), report.options)?;
+            writeln!(stdout, "or use it as it is, in place of a run: eval, embed, finetune, export")
         })?;
     }
     Ok(())

@@ -11,15 +11,29 @@ pub struct MemoryArgs {
     /// for a sixth more work and changes results by rounding alone [default: together; with --resume, as before].
     #[arg(long, value_enum, hide_possible_values = true, value_name = "together|sequential")]
     views: Option<Views>,
+    #[command(flatten)]
+    budget: BudgetArgs,
+}
+
+#[derive(Debug, Clone, Copy, clap::Args)]
+#[command(next_help_heading = "Memory")]
+pub struct BudgetArgs {
     /// Memory that a step may take, as 24GB or 22GiB, or min: activations are computed again on the way back until it does,
-    /// with as little traffic as possible. Does not change any result [default: no limit; with --resume, as before].
-    #[arg(long, value_name = "SIZE|min")]
+    /// with as little traffic as possible. Does not change any result [default: none; with --resume, as before].
+    #[arg(long, value_name = "SIZE|min|none")]
     memory_budget: Option<MemoryBudget>,
 }
 
 impl MemoryArgs {
-    /// What is asked for of `before`.
+    /// What is asked for, the rest as `before`.
     pub fn choose(&self, before: MemoryChoice) -> MemoryChoice {
-        MemoryChoice { views: self.views.unwrap_or(before.views), budget: self.memory_budget.or(before.budget) }
+        MemoryChoice { views: self.views.unwrap_or(before.views), ..self.budget.choose(before) }
+    }
+}
+
+impl BudgetArgs {
+    /// What is asked for, the rest as `before`.
+    pub fn choose(&self, before: MemoryChoice) -> MemoryChoice {
+        MemoryChoice { budget: self.memory_budget.unwrap_or(before.budget), ..before }
     }
 }

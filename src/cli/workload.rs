@@ -316,13 +316,17 @@ fn largest_batch(
     };
     let room = room(&**driver)?;
     let room = match &mut memory.budget {
-        Some(MemoryBudget::Bytes(bytes)) => {
+        MemoryBudget::Bytes(bytes) => {
             *bytes = (*bytes).min(room as u64);
             *bytes as usize
         }
         _ => room,
     };
-    let least = MemoryChoice { budget: memory.budget.map(|_| MemoryBudget::Least), ..*memory };
+    let budget = match memory.budget {
+        MemoryBudget::Unlimited => MemoryBudget::Unlimited,
+        MemoryBudget::Bytes(_) | MemoryBudget::Least => MemoryBudget::Least,
+    };
+    let least = MemoryChoice { budget, ..*memory };
     let planned = |batch| {
         let graph = model.record_step(&step(batch))?;
         let (tape, _) = least.fit(graph.tape, device.target())?;

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::backend::cpu::Tier;
 use crate::backend::cuda::library::Choice;
 use crate::backend::cuda::{CudaDevice, Driver};
+use crate::choice::written_as_text;
 use crate::error::{Error, Result};
 use crate::exec::Device;
 use crate::tensor::DType;
@@ -108,19 +109,7 @@ impl Display for DeviceChoice {
     }
 }
 
-impl TryFrom<String> for DeviceChoice {
-    type Error = String;
-
-    fn try_from(text: String) -> std::result::Result<DeviceChoice, String> {
-        text.parse()
-    }
-}
-
-impl From<DeviceChoice> for String {
-    fn from(choice: DeviceChoice) -> String {
-        choice.to_string()
-    }
-}
+written_as_text!(DeviceChoice);
 
 /// In what it is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]

@@ -13,7 +13,7 @@ use crate::export::source::Source;
 use crate::export::{Format, Verified, is_torch};
 use crate::nn::resnet::{Arch, Block, ResNet, Stem};
 use crate::nn::simsiam::SimSiam;
-use crate::train::config::Recipe;
+use crate::train::config::{Recipe, RunConfig};
 
 /// What a run can be repeated from, but for its data and its machine.
 #[derive(Serialize)]
@@ -28,18 +28,16 @@ struct Settings<'a> {
 /// # Errors
 /// [`Error::Internal`] when the configuration cannot be written as TOML.
 pub fn card(source: &Source, format: Format, out: &Path, verified: &Verified) -> Result<String> {
-    let config = &source.config;
+    let run = source.origin.run();
     let name = out.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-    let settings = Settings { recipe: &config.recipe, model: &config.model, augment: &config.augment };
-    let settings = toml::to_string(&settings).map_err(|error| Error::Internal {
-        thread: "model card".into(),
-        message: format!("the configuration cannot be written as TOML: {error}"),
-    })?;
     let what = if source.heads { "backbone, projector and predictor" } else { "backbone" };
-    let arch = config.model.backbone.arch();
+    let arch = source.model.backbone.arch();
+    let history = match run {
+        Some(_) => format!("after {} steps of SimSiam", source.step),
+        None => source.history.clone(),
+    };
     let mut text = format!(
-        "# {arch} after {} steps of SimSiam\n\n`{name}`: {what}, {} tensors, written by {ENGINE} as `--to {}`.\n",
-        source.step,
+        "# {arch} {history}\n\n`{name}`: {what}, {} tensors, written by {ENGINE} as `--to {}`.\n",
         verified.tensors,
         format.name()
     );
@@ -48,7 +46,7 @@ pub fn card(source: &Source, format: Format, out: &Path, verified: &Verified) ->
         let _ = write!(text, "\n## {title}\n\n| | |\n|---|---|\n");
         facts.iter().for_each(|(key, value)| _ = writeln!(text, "| {key} | {value} |"));
     }
-    if source.metrics.is_empty() {
+    if run.is_some() && source.metrics.is_empty() {
         text += "\nThe run's metrics were not found: no figures.\n";
     }
     let how = match format {
@@ -62,9 +60,20 @@ pub fn card(source: &Source, format: Format, out: &Path, verified: &Verified) ->
         verified.images(),
         verified.difference
     );
-    let _ = write!(text, "\n## Settings\n\n```toml\n{settings}```\n");
-    text += "\n## Licence\n\nThe licence of the weights is yours to choose, who trained them; mind the terms of the training images. \
-             The engine lays no claim to them.\n";
+    if let Some(RunConfig { recipe, model, augment, .. }) = run {
+        let settings = toml::to_string(&Settings { recipe, model, augment }).map_err(|error| Error::Internal {
+            thread: "model card".into(),
+            message: format!("the configuration cannot be written as TOML: {error}"),
+        })?;
+        let _ = write!(text, "\n## Settings\n\n```toml\n{settings}```\n");
+    }
+    text += match run {
+        Some(_) => {
+            "\n## Licence\n\nThe licence of the weights is yours to choose, who trained them; mind the terms of the training \
+             images. The engine lays no claim to them.\n"
+        }
+        None => "\n## Licence\n\nThat of the file which the weights come from.\n",
+    };
     Ok(text)
 }
 
@@ -80,7 +89,7 @@ fn usage(source: &Source, format: Format, name: &str) -> String {
         Format::Onnx => format!(
             "Opset {OPSET}, float32. Input `{INPUT}` [batch, 3, {size}, {size}] with any batch; outputs {}.\n",
             outputs(source),
-            size = source.config.augment.image_size
+            size = source.augment.image_size
         ),
         _ => String::new(),
     };
@@ -88,9 +97,9 @@ fn usage(source: &Source, format: Format, name: &str) -> String {
 }
 
 fn outputs(source: &Source) -> String {
-    let features = format!("`features` [batch, {}]", source.config.model.backbone.feature_dim());
+    let features = format!("`features` [batch, {}]", source.model.backbone.feature_dim());
     if source.heads {
-        format!("{features}, `projection` and `prediction` [batch, {}]", source.config.model.heads.dim)
+        format!("{features}, `projection` and `prediction` [batch, {}]", source.model.heads.dim)
     } else {
         features
     }
@@ -98,7 +107,7 @@ fn outputs(source: &Source) -> String {
 
 /// Language and lines that load the file `name`.
 pub fn snippet(source: &Source, format: Format, name: &str) -> (&'static str, Vec<String>) {
-    let backbone = &source.config.model.backbone;
+    let backbone = &source.model.backbone;
     let file = format!("{name:?}");
     let (import, load) = match is_torch(Path::new(name)) {
         true => ("import torch", format!("torch.load({file}, weights_only=True)")),
@@ -155,7 +164,7 @@ fn torchvision_model(resnet: &ResNet) -> Vec<String> {
 
 /// The part of detectron2's configuration that differs from its default.
 fn detectron2_config(source: &Source, file: &str) -> Vec<String> {
-    let augment = &source.config.augment;
+    let augment = &source.augment;
     let levels = |values: [f32; 3]| values.map(|value| format!("{:.3}", f64::from(value) * 255.0)).join(", ");
     let mut lines = vec![
         "MODEL:".to_string(),
@@ -164,7 +173,7 @@ fn detectron2_config(source: &Source, file: &str) -> Vec<String> {
         format!("  PIXEL_STD: [{}]", levels(augment.std)),
         "  RESNETS:".into(),
     ];
-    let resnet = &source.config.model.backbone;
+    let resnet = &source.model.backbone;
     lines.push(match resnet.arch() {
         Arch::Custom => {
             format!("    # depths {:?}, width {}: make it with detectron2's ResNet class", resnet.depths, resnet.width)

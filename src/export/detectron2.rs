@@ -1,9 +1,11 @@
 //! Weights as detectron2's checkpointer takes them: a pickled dict with numpy arrays under `model`.
 
 use std::io::{self, Write};
+use std::path::Path;
 
-use crate::export::pickle::Value;
-use crate::export::torch::shape;
+use super::pickle::Value;
+use crate::error::{Error, Result};
+use crate::import::pickle::{self, Id, Pickle, Value as Read};
 use crate::tensor::safetensors::NamedTensors;
 use crate::tensor::{DType, HostTensor, TensorDesc};
 
@@ -51,38 +53,30 @@ fn numpy_name(dtype: DType) -> Option<&'static str> {
     }
 }
 
-/// The tensors in a file that [`write`] wrote.
+/// The tensors in a file that [`write`] wrote, by the reader of files that come from elsewhere.
 ///
 /// # Errors
-/// What is wrong with it.
-pub fn read(file: &[u8]) -> Result<NamedTensors, String> {
-    let Value::Dict(items) = Value::read(file)? else { return Err("its pickle is no dict".into()) };
-    let find = |wanted: &str| items.iter().find(|(key, _)| *key == Value::text(wanted)).map(|(_, value)| value);
-    if find("__author__") != Some(&Value::text(AUTHOR)) || find("matching_heuristics") != Some(&Value::Bool(true)) {
-        return Err("it lacks an author, or asks for exact names".into());
+/// [`Error::Format`] for what is cut, damaged, or not what detectron2 takes.
+pub fn read(path: &Path, file: &[u8]) -> Result<NamedTensors> {
+    let Pickle { values, root, .. } = pickle::read(path, file, 0..file.len())?;
+    let fault = |what: &str| Error::format(path, None, what);
+    let find = |key: &str| values.lookup(root, key);
+    let author = find("__author__").and_then(|id| values.text(id));
+    let heuristics = find("matching_heuristics").map(|id| values.get(id));
+    if author != Some(AUTHOR) || !matches!(heuristics, Some(Read::Bool(true))) {
+        return Err(fault("it lacks an author, or asks for exact names"));
     }
-    let Some(Value::Dict(arrays)) = find("model") else { return Err("there is no dict \"model\" in it".into()) };
-    arrays.iter().map(|(name, value)| tensor(name, value)).collect()
-}
-
-fn tensor(name: &Value<'_>, value: &Value<'_>) -> Result<(String, HostTensor), String> {
-    let Value::Str(name) = name else { return Err("an array without a name".into()) };
-    let fault = || format!("{name} is no array of a known kind");
-    let (desc, bytes) = described(value).ok_or_else(fault)?;
-    let tensor = HostTensor::from_bytes(desc, bytes.to_vec()).map_err(|error| error.to_string())?;
-    // Whatever else is in the value is to be as `array` writes it.
-    if array(&tensor).is_ok_and(|expected| expected == *value) { Ok((name.clone(), tensor)) } else { Err(fault()) }
-}
-
-fn described<'a>(value: &Value<'a>) -> Option<(TensorDesc, &'a [u8])> {
-    let Value::Build(parts) = value else { return None };
-    let Value::Tuple(state) = &parts[1] else { return None };
-    let [_, Value::Tuple(dims), Value::Call(dtype), _, Value::Bytes(bytes)] = state.as_slice() else { return None };
-    let dtypes = [DType::F64, DType::F32, DType::F16, DType::I64, DType::U8];
-    let is_it = |candidate: &DType| {
-        numpy_name(*candidate).is_some_and(|name| dtype[1] == Value::Tuple(vec![Value::text(name)]))
+    let arrays =
+        find("model").and_then(|id| values.entries(id)).ok_or_else(|| fault("there is no dict \"model\" in it"))?;
+    let tensor = |(name, value): &(Id, Id)| {
+        let (Some(name), Read::Array(Some(array))) = (values.text(*name), values.get(*value)) else {
+            return Err(fault("something else than arrays of numbers under their names"));
+        };
+        let bytes = values.bytes(array.bytes).unwrap_or_default().to_vec();
+        let desc = TensorDesc::new(&array.shape[..], array.element.dtype());
+        Ok((name.to_string(), HostTensor::from_bytes(desc, bytes)?))
     };
-    Some((TensorDesc::new(shape(dims)?, dtypes.into_iter().find(is_it)?), bytes))
+    arrays.iter().map(tensor).collect()
 }
 
 #[cfg(test)]
@@ -94,9 +88,10 @@ mod tests {
         let tensors = crate::export::tests::awkward_tensors();
         let mut file = Vec::new();
         write(&tensors, &mut file).unwrap();
-        assert_eq!(read(&file).unwrap(), tensors);
+        let path = Path::new("x.pkl");
+        assert_eq!(read(path, &file).unwrap(), tensors);
         for cut in 0..file.len() {
-            assert!(read(&file[..cut]).is_err(), "cut at {cut}");
+            assert!(read(path, &file[..cut]).is_err(), "cut at {cut}");
         }
     }
 

@@ -6,6 +6,7 @@ use crate::export::source::Source;
 use crate::nn::heads::Heads;
 use crate::nn::resnet::ResNet;
 use crate::train::metrics::Line;
+use crate::train::trained::Origin;
 
 /// The engine that wrote a file.
 pub const ENGINE: &str = concat!("simsiam-engine ", env!("CARGO_PKG_VERSION"));
@@ -30,7 +31,7 @@ pub fn metadata(source: &Source) -> BTreeMap<String, String> {
 }
 
 fn network(source: &Source) -> Vec<(&'static str, String)> {
-    let backbone = &source.config.model.backbone;
+    let backbone = &source.model.backbone;
     let ResNet { block, depths, width, stem } = backbone;
     let mut facts = vec![
         ("arch", backbone.arch().to_string()),
@@ -41,7 +42,7 @@ fn network(source: &Source) -> Vec<(&'static str, String)> {
         ("feature_dim", backbone.feature_dim().to_string()),
     ];
     if source.heads {
-        let Heads { dim, projector_hidden, predictor_hidden, projector_layers, .. } = source.config.model.heads;
+        let Heads { dim, projector_hidden, predictor_hidden, projector_layers, .. } = source.model.heads;
         facts.extend([
             ("dim", dim.to_string()),
             ("projector_layers", projector_layers.to_string()),
@@ -53,7 +54,7 @@ fn network(source: &Source) -> Vec<(&'static str, String)> {
 }
 
 fn input(source: &Source) -> Vec<(&'static str, String)> {
-    let augment = &source.config.augment;
+    let augment = &source.augment;
     vec![
         ("layout", "float32 [n, 3, height, width], RGB in 0..1, minus mean, divided by std".into()),
         ("image_size", augment.image_size.to_string()),
@@ -63,7 +64,13 @@ fn input(source: &Source) -> Vec<(&'static str, String)> {
 }
 
 fn training(source: &Source) -> Vec<(&'static str, String)> {
-    let Source { config, step, dataset, .. } = source;
+    let Source { origin, step, dataset, .. } = source;
+    let config = match origin {
+        Origin::Run(_, config) => config,
+        Origin::File { name, blake3 } => {
+            return vec![("imported_from", name.clone()), ("blake3", blake3.clone()), ("engine", ENGINE.into())];
+        }
+    };
     let file = config.data.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
     let recipe = &config.recipe;
     let mut facts = vec![("method", "SimSiam".into()), ("dataset", file)];

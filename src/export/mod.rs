@@ -99,7 +99,7 @@ impl Format {
     /// [`Error::Config`] or [`Error::Unsupported`] naming what does not fit.
     pub fn check(self, source: &Source, out: &Path) -> Result<()> {
         self.check_name(out)?;
-        let backbone = &source.config.model.backbone;
+        let backbone = &source.model.backbone;
         if source.heads && !matches!(self, Format::Safetensors | Format::Onnx) {
             let what = format!("projector and predictor have no place in a file for {}", self.name());
             return Err(Error::config("--heads", what).with_hint("add --to safetensors or --to onnx"));
@@ -142,12 +142,11 @@ impl Format {
     }
 
     /// The tensors in the bytes of a file, under their names in it.
-    fn read(self, out: &Path, file: &[u8]) -> Result<NamedTensors> {
-        let fault = |what: String| Error::format(out, None, what);
+    fn read(self, out: &Path, file: Vec<u8>) -> Result<NamedTensors> {
         match self {
-            Format::Detectron2 => detectron2::read(file).map_err(fault),
-            Format::Torchvision | Format::Timm if is_torch(out) => torch::read(file).map_err(fault),
-            _ => Ok(safetensors::read_bytes(out, file)?.0),
+            Format::Detectron2 => detectron2::read(out, &file),
+            Format::Torchvision | Format::Timm if is_torch(out) => torch::read(out, file),
+            _ => Ok(safetensors::read_bytes(out, &file)?.0),
         }
     }
 }
@@ -163,14 +162,14 @@ pub fn write(source: &Source, format: Format, out: &Path) -> Result<Verified> {
     let outputs = compute(source, &source.tensors, &images)?;
     let verify = |path: &Path| std::fs::read(path).map_err(Error::io("read back", out));
     let (tensors, difference) = if format == Format::Onnx {
-        let augment = &source.config.augment;
-        let graph = source.config.model.eval_graph(1, augment.image_size, DType::F32, source.heads)?;
+        let augment = &source.augment;
+        let graph = source.model.eval_graph(1, augment.image_size, DType::F32, source.heads)?;
         let file = onnx::encode(&graph, &source.tensors, &metadata(source, format))?;
         write_verified(
             out,
             |file_out| file_out.write_all(&file),
             |path| {
-                let found = onnx::run(out, &verify(path)?, &images, source.config.machine.cpu_conv)?;
+                let found = onnx::run(out, &verify(path)?, &images, source.origin.cpu_conv())?;
                 Ok((graph.params.len(), largest_difference(out, &outputs, &found)?))
             },
         )?
@@ -181,7 +180,7 @@ pub fn write(source: &Source, format: Format, out: &Path) -> Result<Verified> {
             out,
             |file_out| write_tensors(source, format, out, &named, file_out),
             |path| {
-                let mut found = format.read(out, &verify(path)?)?;
+                let mut found = format.read(out, verify(path)?)?;
                 if found != named {
                     let what = format!("{}: reading the export back gave other tensors", out.display());
                     return Err(Error::Mismatch(what));
@@ -224,10 +223,10 @@ fn metadata(source: &Source, format: Format) -> BTreeMap<String, String> {
 
 /// What timm's models say of their weights, under timm's names.
 fn pretrained_cfg(source: &Source) -> serde_json::Value {
-    let augment = &source.config.augment;
+    let augment = &source.augment;
     let decimals = |values: [f32; 3]| values.map(|value| value.to_string().parse::<f64>().unwrap_or(value.into()));
     serde_json::json!({
-        "architecture": source.config.model.backbone.arch().to_string(),
+        "architecture": source.model.backbone.arch().to_string(),
         "num_classes": 0,
         "input_size": [3, augment.image_size, augment.image_size],
         "mean": decimals(augment.mean),
@@ -239,7 +238,7 @@ fn pretrained_cfg(source: &Source) -> serde_json::Value {
 
 /// Normalised noise `[n][h][w][3]`, each image with a colour of its own: noise alone averages out to much the same features.
 fn random_images(source: &Source) -> Result<HostTensor> {
-    let size = source.config.augment.image_size;
+    let size = source.augment.image_size;
     let mut stream = Stream::new(0, IMAGE_DOMAIN, 0);
     let mut values = Vec::with_capacity(IMAGES * size * size * 3);
     for _ in 0..IMAGES {
@@ -251,9 +250,9 @@ fn random_images(source: &Source) -> Result<HostTensor> {
 
 /// What the engine makes of images with `tensors`, which have `state_dict` names.
 fn compute(source: &Source, tensors: &NamedTensors, images: &HostTensor) -> Result<NamedTensors> {
-    let model = &source.config.model;
-    let graph = model.eval_graph(IMAGES, source.config.augment.image_size, DType::F32, source.heads)?;
-    let mut exec = CpuExecutor::new(graph.tape, source.config.machine.cpu_conv)?;
+    let model = &source.model;
+    let graph = model.eval_graph(IMAGES, source.augment.image_size, DType::F32, source.heads)?;
+    let mut exec = CpuExecutor::new(graph.tape, source.origin.cpu_conv())?;
     write_params(&mut exec, &graph.params, |name, expected: &TensorDesc| {
         tensors.get(name).cloned().ok_or_else(|| Error::shape("load", name, expected, "no such tensor"))
     })?;

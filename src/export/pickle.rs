@@ -1,5 +1,5 @@
-//! The part of Python's pickle format that weights need, as a tree of values: written, and read back to see that it was written
-//! well. Nothing is executed: a function call is a value like any other. Pickles of others have opcodes that are not known here.
+//! The part of Python's pickle format that weights need, as a tree of values to be written. A function call is a value like any
+//! other. Pickles are read by `import::pickle`.
 
 use std::io::{self, Write};
 
@@ -109,28 +109,6 @@ impl<'a> Value<'a> {
             Value::Persistent(id) => id.put(out).and_then(|()| out.write_all(&[op::BINPERSID])),
         }
     }
-
-    /// The value in a pickle that [`Value::write`] wrote.
-    ///
-    /// # Errors
-    /// What is wrong, and at which byte.
-    pub fn read(bytes: &'a [u8]) -> Result<Value<'a>, String> {
-        let mut reader = Reader { bytes, at: 0 };
-        if reader.take(1)? != [op::PROTO] || !matches!(reader.take(1)?, [2 | 3]) {
-            return Err("not a pickle of protocol 2 or 3".into());
-        }
-        let mut stack = vec![Vec::new()];
-        loop {
-            let at = reader.at;
-            let code = reader.take(1)?[0];
-            let fault = || format!("the pickle breaks at byte {at}, opcode {code:#04x}");
-            if code == op::STOP {
-                let [top] = stack.as_mut_slice() else { return Err(fault()) };
-                return (top.len() == 1).then(|| top.pop()).flatten().ok_or_else(fault);
-            }
-            reader.step(code, &mut stack)?.ok_or_else(fault)?;
-        }
-    }
 }
 
 fn tagged(code: u8, bytes: &[u8], out: &mut dyn Write) -> io::Result<()> {
@@ -149,137 +127,72 @@ fn pair(parts: &[Value<'_>; 2], code: u8, out: &mut dyn Write) -> io::Result<()>
     out.write_all(&[code])
 }
 
-/// A pickle being read.
-struct Reader<'a> {
-    bytes: &'a [u8],
-    at: usize,
-}
-
-/// The values since each mark.
-type Stack<'a> = Vec<Vec<Value<'a>>>;
-
-impl<'a> Reader<'a> {
-    fn take(&mut self, count: usize) -> Result<&'a [u8], String> {
-        let end = self.at.checked_add(count).filter(|&end| end <= self.bytes.len());
-        let end = end.ok_or_else(|| format!("the pickle ends within {count} bytes at {}", self.at))?;
-        let taken = &self.bytes[self.at..end];
-        self.at = end;
-        Ok(taken)
-    }
-
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], String> {
-        self.take(N)?.try_into().map_err(|_| "unreachable: as long as asked for".into())
-    }
-
-    fn sized(&mut self) -> Result<&'a [u8], String> {
-        let length = u32::from_le_bytes(self.array()?);
-        self.take(length as usize)
-    }
-
-    fn text(&mut self, bytes: &'a [u8]) -> Result<String, String> {
-        let text = std::str::from_utf8(bytes).map_err(|_| format!("text before byte {} is not UTF-8", self.at))?;
-        Ok(text.into())
-    }
-
-    fn line(&mut self) -> Result<String, String> {
-        let rest = &self.bytes[self.at..];
-        let end = memchr::memchr(b'\n', rest).ok_or("the pickle ends within a name")?;
-        let line = self.take(end + 1)?;
-        self.text(&line[..end])
-    }
-
-    /// Carries out one opcode; nothing when it finds another stack than it needs, or is not known.
-    fn step(&mut self, code: u8, stack: &mut Stack<'a>) -> Result<Option<()>, String> {
-        let value = match code {
-            op::MARK => {
-                stack.push(Vec::new());
-                return Ok(Some(()));
-            }
-            op::NONE => Value::None,
-            op::NEWTRUE => Value::Bool(true),
-            op::NEWFALSE => Value::Bool(false),
-            op::EMPTY_DICT => Value::Dict(Vec::new()),
-            op::BININT => Value::Int(i32::from_le_bytes(self.array()?).into()),
-            op::LONG1 if self.take(1)? == [8] => Value::Int(i64::from_le_bytes(self.array()?)),
-            op::BINBYTES => Value::Bytes(self.sized()?),
-            op::BINUNICODE => {
-                let bytes = self.sized()?;
-                Value::Str(self.text(bytes)?)
-            }
-            op::GLOBAL => Value::Global(self.line()?, self.line()?),
-            _ => return Ok(combine(code, stack)),
-        };
-        Ok(stack.last_mut().map(|top| top.push(value)))
-    }
-}
-
-/// The opcodes that make one value of those on the stack.
-fn combine(code: u8, stack: &mut Stack<'_>) -> Option<()> {
-    if matches!(code, op::TUPLE | op::SETITEMS) {
-        let items = stack.pop()?;
-        let below = stack.last_mut()?;
-        if code == op::TUPLE {
-            below.push(Value::Tuple(items));
-            return Some(());
-        }
-        let Value::Dict(dict) = below.last_mut()? else { return None };
-        let mut items = items.into_iter();
-        while let Some(key) = items.next() {
-            dict.push((key, items.next()?));
-        }
-        return Some(());
-    }
-    let top = stack.last_mut()?;
-    let last = top.pop()?;
-    let value = match code {
-        op::BINPERSID => Value::Persistent(Box::new(last)),
-        op::REDUCE => Value::Call(Box::new([top.pop()?, last])),
-        op::BUILD => Value::Build(Box::new([top.pop()?, last])),
-        _ => return None,
-    };
-    top.push(value);
-    Some(())
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::path::Path;
 
-    fn sample() -> Value<'static> {
-        let made = Value::call(Value::global("collections", "OrderedDict"), vec![]);
+    use super::*;
+    use crate::import::pickle::{self, Id, Values};
+
+    /// What the importer's reader finds, in Python's notation.
+    fn shown(values: &Values, id: Id) -> String {
+        use pickle::Value;
+        let all = |ids: &[Id]| ids.iter().map(|&id| shown(values, id)).collect::<Vec<_>>().join(", ");
+        match values.get(id) {
+            Value::Tuple(items) => format!("({})", all(items)),
+            Value::Dict(entries) => {
+                let pair = |(key, value): &(Id, Id)| format!("{}: {}", shown(values, *key), shown(values, *value));
+                format!("{{{}}}", entries.iter().map(pair).collect::<Vec<_>>().join(", "))
+            }
+            Value::Int(value) => value.to_string(),
+            Value::Text(text) => format!("{text:?}"),
+            Value::Bytes(bytes) => format!("b{:?}", bytes.escape_ascii().to_string()),
+            other => format!("<{}>", other.kind()),
+        }
+    }
+
+    #[test]
+    fn is_read_by_the_importer_as_it_was_meant() {
+        let array = [Value::global("numpy", "ndarray"), Value::sizes(&[0]), Value::Bytes(b"b")];
+        let array = Value::call(Value::global("numpy.core.multiarray", "_reconstruct"), array.into());
+        let dtype = Value::call(Value::global("numpy", "dtype"), vec![Value::text("|u1")]);
+        let state = vec![Value::Int(1), Value::sizes(&[2]), dtype, Value::Bool(false), Value::Bytes(b"ab")];
+        let storage = vec![
+            Value::text("storage"),
+            Value::global("torch", "FloatStorage"),
+            Value::text("7"),
+            Value::text("cpu"),
+            Value::Int(3),
+        ];
         let items = vec![
             (Value::text("sizes"), Value::sizes(&[3, 0, 1 << 40])),
             (Value::text("größe"), Value::Int(-7)),
             (Value::Int(i64::MIN), Value::Tuple(vec![Value::None, Value::Bool(true), Value::Bool(false)])),
             (Value::text("data"), Value::Bytes(b"\x00\xffnot text\n")),
-            (Value::text("built"), Value::Build(Box::new([made, Value::Dict(vec![])]))),
-            (Value::text("outside"), Value::Persistent(Box::new(Value::Tuple(vec![Value::text("0")])))),
+            (Value::text("called"), Value::call(Value::global("collections", "OrderedDict"), vec![])),
+            (Value::text("built"), Value::Build(Box::new([array, Value::Tuple(state)]))),
+            (Value::text("outside"), Value::Persistent(Box::new(Value::Tuple(storage)))),
         ];
-        Value::Dict(items)
+        let mut bytes = Vec::new();
+        Value::Dict(items).write(3, &mut bytes).unwrap();
+        let read = |bytes: &[u8]| pickle::read(Path::new("x"), bytes, 0..bytes.len());
+        let whole = read(&bytes).unwrap();
+        let expected = concat!(
+            "{\"sizes\": (3, 0, 1099511627776), \"größe\": -7, -9223372036854775808: (<None>, <a bool>, <a bool>), ",
+            "\"data\": b\"\\\\x00\\\\xffnot text\\\\n\", \"called\": {}, ",
+            "\"built\": <a numpy array>, \"outside\": <a storage>}",
+        );
+        assert_eq!((shown(&whole.values, whole.root).as_str(), whole.end), (expected, bytes.len()));
+        for cut in 0..bytes.len() {
+            assert!(read(&bytes[..cut]).is_err(), "cut at {cut}");
+        }
     }
 
     #[test]
-    fn reads_what_it_wrote() {
-        let mut bytes = Vec::new();
-        sample().write(3, &mut bytes).unwrap();
-        assert_eq!(Value::read(&bytes).unwrap(), sample());
+    fn bytes_are_those_of_python() {
         // Python 3.11: pickle.dumps((1, "a"), protocol=2) without its memo.
         let mut small = Vec::new();
         Value::Tuple(vec![Value::Int(1), Value::text("a")]).write(2, &mut small).unwrap();
         assert_eq!(small, b"\x80\x02(J\x01\x00\x00\x00X\x01\x00\x00\x00at.");
-    }
-
-    #[test]
-    fn no_damage_panics_and_no_cut_is_taken_for_whole() {
-        let mut bytes = Vec::new();
-        sample().write(3, &mut bytes).unwrap();
-        for at in 0..bytes.len() {
-            assert!(Value::read(&bytes[..at]).is_err(), "cut at {at}");
-            for flip in [1, 0x20, 0xff] {
-                let mut damaged = bytes.clone();
-                damaged[at] ^= flip;
-                let _ = Value::read(&damaged); // an error or another value, never a panic
-            }
-        }
     }
 }

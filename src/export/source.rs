@@ -2,21 +2,27 @@
 
 use std::path::Path;
 
+use crate::data::augment::AugmentConfig;
 use crate::error::{Error, Result};
-use crate::nn::simsiam::EvalGraph;
+use crate::nn::simsiam::{EvalGraph, SimSiam};
 use crate::tensor::safetensors::NamedTensors;
 use crate::tensor::{DType, TensorDesc};
-use crate::train::config::RunConfig;
 use crate::train::metrics::{self, Line};
 use crate::train::run::METRICS;
-use crate::train::trained::{State, Trained, open};
+use crate::train::trained::{Origin, Trained, open};
 
 /// A trained network.
 #[derive(Debug)]
 pub struct Source {
-    /// The run's configuration.
-    pub config: RunConfig,
-    /// Steps done.
+    /// The network.
+    pub model: SimSiam,
+    /// Its images.
+    pub augment: AugmentConfig,
+    /// Where it comes from.
+    pub origin: Origin,
+    /// That in words: after which step, or from which file.
+    pub history: String,
+    /// Steps of the run.
     pub step: u64,
     /// Identity of the dataset, where it is known.
     pub dataset: Option<String>,
@@ -29,14 +35,16 @@ pub struct Source {
 }
 
 impl Source {
-    /// Opens the newest checkpoint of a run directory, or a checkpoint file in one; takes the backbone, and the heads if asked
-    /// for.
+    /// Opens the newest checkpoint of a run directory, a checkpoint file in one, or an imported checkpoint; takes the backbone,
+    /// and the heads if asked for.
     ///
     /// # Errors
     /// [`Error::Io`] and [`Error::Format`] for what cannot be read or is not what it should be.
     pub fn open(path: &Path, heads: bool) -> Result<Source> {
-        let Trained { run, config, mut checkpoint } = open(path)?;
-        let EvalGraph { params, .. } = config.model.eval_graph(1, config.augment.image_size, DType::F32, heads)?;
+        let trained = open(path)?;
+        let history = trained.history();
+        let Trained { model, augment, origin, mut checkpoint } = trained;
+        let EvalGraph { params, .. } = model.eval_graph(1, augment.image_size, DType::F32, heads)?;
         let mut tensors = NamedTensors::new();
         for param in &params {
             let expected = TensorDesc { shape: param.torch_shape(), dtype: param.desc.dtype };
@@ -48,11 +56,13 @@ impl Source {
             let what = format!("tensor {name} is not finite: the network is of no use");
             return Err(Error::format(checkpoint.path(), None, what).with_hint("export an older checkpoint of the run"));
         }
-        let State { step, dataset } = checkpoint.state;
-        let metrics = run.join(METRICS);
-        let mut metrics = if metrics.exists() { metrics::read(&metrics)? } else { Vec::new() };
-        metrics.retain(|line| line.step < step);
-        Ok(Source { config, step, dataset, metrics, heads, tensors })
+        let (step, dataset) = (checkpoint.state.step, checkpoint.state.dataset);
+        let metrics = match &origin {
+            Origin::Run(folder, _) if folder.join(METRICS).exists() => metrics::read(&folder.join(METRICS))?,
+            _ => Vec::new(),
+        };
+        let metrics = metrics.into_iter().filter(|line| line.step < step).collect();
+        Ok(Source { model, augment, origin, history, step, dataset, metrics, heads, tensors })
     }
 
     /// How many numbers were trained, or could have been: buffers do not count.

@@ -1,13 +1,16 @@
 //! Weights as `torch.save` writes them: a zip archive with a pickle that names each tensor's storage, and the storages. Nothing is
 //! in the pickle that `torch.load(weights_only=True)` would refuse.
 
-use std::collections::BTreeMap;
 use std::io::{self, Write};
+use std::path::Path;
 
-use crate::export::pickle::Value;
-use crate::export::zip;
+use super::pickle::Value;
+use super::zip;
+use crate::error::{Error, Result};
+use crate::import;
+use crate::import::pickle::Id;
 use crate::tensor::safetensors::NamedTensors;
-use crate::tensor::{DType, HostTensor, Shape, TensorDesc};
+use crate::tensor::{DType, TensorDesc};
 
 /// The folder within the archive.
 const FOLDER: &str = "archive";
@@ -61,80 +64,45 @@ fn storage_class(dtype: DType) -> &'static str {
     }
 }
 
-/// The tensors in a file that [`write`] wrote.
+/// The tensors in a file that [`write`] wrote, by the reader of files that come from elsewhere.
 ///
 /// # Errors
-/// What is wrong with it.
-pub fn read(file: &[u8]) -> Result<NamedTensors, String> {
-    let entries: BTreeMap<String, &[u8]> = zip::read(file)?.into_iter().collect();
-    let find = |name: &str| {
-        let path = format!("{FOLDER}/{name}");
-        entries.get(&path).copied().ok_or_else(|| format!("there is no entry {path} in it"))
+/// [`Error::Format`] for what is cut, damaged, or no `dict` of tensors.
+pub fn read(path: &Path, file: Vec<u8>) -> Result<NamedTensors> {
+    let file = import::torch::read(path, file)?;
+    let fault = || Error::format(path, None, "something else than tensors under their names");
+    let tensor = |(name, value): &(Id, Id)| {
+        let (name, tensor) = file.values.text(*name).zip(file.tensor(*value)).ok_or_else(fault)?;
+        Ok((name.to_string(), file.elements(tensor)?))
     };
-    let Value::Dict(items) = Value::read(find("data.pkl")?)? else { return Err("its pickle is no dict".into()) };
-    items.into_iter().map(|(name, value)| tensor(name, &value, &find)).collect()
-}
-
-fn tensor<'a>(
-    name: Value<'_>,
-    value: &Value<'_>,
-    find: &dyn Fn(&str) -> Result<&'a [u8], String>,
-) -> Result<(String, HostTensor), String> {
-    let Value::Str(name) = name else { return Err("a tensor without a name".into()) };
-    let fault = || format!("{name} is no tensor of a known kind");
-    let (key, desc) = described(value).ok_or_else(fault)?;
-    if *value != rebuild(&key, &desc) {
-        return Err(fault());
-    }
-    let tensor = HostTensor::from_bytes(desc, find(&format!("data/{key}"))?.to_vec());
-    Ok((name, tensor.map_err(|error| error.to_string())?))
-}
-
-/// Key of the storage, shape and element type; [`rebuild`] tells whether the rest is as expected.
-fn described(value: &Value<'_>) -> Option<(String, TensorDesc)> {
-    let Value::Call(call) = value else { return None };
-    let Value::Tuple(arguments) = &call[1] else { return None };
-    let [Value::Persistent(storage), _, Value::Tuple(dims), ..] = arguments.as_slice() else { return None };
-    let Value::Tuple(storage) = &**storage else { return None };
-    let [_, Value::Global(_, class), Value::Str(key), ..] = storage.as_slice() else { return None };
-    let dtypes = [DType::F64, DType::F32, DType::Bf16, DType::F16, DType::I64, DType::U8];
-    let dtype = dtypes.into_iter().find(|&dtype| storage_class(dtype) == class)?;
-    Some((key.clone(), TensorDesc::new(shape(dims)?, dtype)))
-}
-
-/// The shape in a pickled tuple of sizes.
-pub(super) fn shape(dims: &[Value<'_>]) -> Option<Shape> {
-    let size = |dim: &Value<'_>| match dim {
-        Value::Int(size) => usize::try_from(*size).ok(),
-        _ => None,
-    };
-    let dims: Vec<usize> = dims.iter().map(size).collect::<Option<_>>()?;
-    Some(Shape::from(dims.as_slice()))
+    file.values.entries(file.root).ok_or_else(fault)?.iter().map(tensor).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn reads_what_it_wrote() {
-        let tensors = crate::export::tests::awkward_tensors();
+    fn written(tensors: &NamedTensors) -> Vec<u8> {
         let mut file = Vec::new();
-        write(&tensors, &mut file).unwrap();
-        assert_eq!(read(&file).unwrap(), tensors);
+        write(tensors, &mut file).unwrap();
+        file
+    }
+
+    #[test]
+    fn is_read_back_as_it_was_meant() {
+        let tensors = crate::export::tests::awkward_tensors();
+        assert_eq!(read(Path::new("x.pth"), written(&tensors)).unwrap(), tensors);
         assert_eq!(strides(&[2, 3, 5]), [15, 5, 1]);
         assert!(strides(&[]).is_empty());
     }
 
     #[test]
-    fn another_storage_or_stride_is_noticed() {
+    fn fewer_tensors_and_a_cut_are_noticed() {
         let tensors = crate::export::tests::awkward_tensors();
-        let mut file = Vec::new();
-        write(&tensors, &mut file).unwrap();
-        let shorter: NamedTensors = tensors.into_iter().take(1).collect();
-        let mut other = Vec::new();
-        write(&shorter, &mut other).unwrap();
-        assert_eq!(read(&other).unwrap(), shorter);
-        assert!(read(&file[..file.len() - 1]).unwrap_err().contains("cut"));
+        let mut file = written(&tensors);
+        let fewer: NamedTensors = tensors.into_iter().take(1).collect();
+        assert_eq!(read(Path::new("x.pth"), written(&fewer)).unwrap(), fewer);
+        file.pop();
+        assert!(read(Path::new("x.pth"), file).unwrap_err().to_string().contains("cut"));
     }
 }

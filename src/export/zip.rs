@@ -7,10 +7,8 @@ use crc_fast::{CrcAlgorithm, checksum};
 
 /// Where the data of entries start.
 const ALIGNMENT: usize = 64;
-/// Lengths of the three kinds of headers, without names and extra fields.
+/// Length of the header before an entry, without name and extra field.
 const LOCAL: usize = 30;
-const CENTRAL: usize = 46;
-const END: usize = 22;
 /// An extra field that readers pass over: id `FB`, then its length.
 const PADDING: &[u8; 2] = b"FB";
 /// The only date that is the same tomorrow: 1 January 1980.
@@ -64,53 +62,22 @@ fn padding(at: usize) -> Vec<u8> {
     [PADDING.as_slice(), &(zeros as u16).to_le_bytes(), &vec![0; zeros]].concat()
 }
 
-/// The entries (name, content) of an archive that [`write`] wrote.
-///
-/// # Errors
-/// What is wrong with it.
-pub fn read(archive: &[u8]) -> Result<Vec<(String, &[u8])>, String> {
-    let cut = || "the zip archive is cut or damaged".to_string();
-    let end = archive.len().checked_sub(END).ok_or_else(cut)?;
-    let tail = field(archive, end, END).filter(|tail| tail.starts_with(b"PK\x05\x06")).ok_or_else(cut)?;
-    let (count, mut at) = (number(tail, 10, 2).ok_or_else(cut)?, number(tail, 16, 4).ok_or_else(cut)?);
-    let mut entries = Vec::with_capacity(count);
-    for _ in 0..count {
-        let header = field(archive, at, CENTRAL).filter(|header| header.starts_with(b"PK\x01\x02")).ok_or_else(cut)?;
-        let [length, extra, comment] = [28, 30, 32].map(|offset| number(header, offset, 2).unwrap_or(0));
-        let [crc, size, local] = [16, 24, 42].map(|offset| number(header, offset, 4).unwrap_or(0));
-        let name =
-            field(archive, at + CENTRAL, length).and_then(|name| std::str::from_utf8(name).ok()).ok_or_else(cut)?;
-        let start = field(archive, local, LOCAL).filter(|header| header.starts_with(b"PK\x03\x04")).ok_or_else(cut)?;
-        let names = number(start, 26, 2).unwrap_or(0) + number(start, 28, 2).unwrap_or(0);
-        let content = field(archive, local + LOCAL + names, size).ok_or_else(cut)?;
-        if number(header, 10, 2) != Some(0) || checksum(CrcAlgorithm::Crc32IsoHdlc, content) != crc as u64 {
-            return Err(format!("entry {name} of the zip archive does not have its checksum"));
-        }
-        entries.push((name.to_string(), content));
-        at += CENTRAL + length + extra + comment;
-    }
-    Ok(entries)
-}
-
-fn field(bytes: &[u8], at: usize, length: usize) -> Option<&[u8]> {
-    bytes.get(at..at.checked_add(length)?)
-}
-
-/// A little-endian number of `length` bytes.
-fn number(bytes: &[u8], at: usize, length: usize) -> Option<usize> {
-    Some(field(bytes, at, length)?.iter().rev().fold(0, |number, &byte| (number << 8) | usize::from(byte)))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+    use crate::import::zip::entries;
 
     fn sample() -> Vec<u8> {
-        let entries = [("a/data.pkl", &b"hello"[..]), ("a/empty", b""), ("a/data/0", &[7; 100])];
-        let entries = entries.map(|(name, content)| (name.to_string(), content));
+        let contents = [("a/data.pkl", &b"hello"[..]), ("a/empty", b""), ("a/data/0", &[7; 100])];
         let mut archive = Vec::new();
-        write(&entries, &mut archive).unwrap();
-        assert_eq!(read(&archive).unwrap(), entries);
+        write(&contents.map(|(name, content)| (name.to_string(), content)), &mut archive).unwrap();
+        let found = entries(Path::new("x"), &archive).unwrap();
+        assert_eq!(found.len(), contents.len());
+        for (name, content) in contents {
+            assert_eq!(&archive[found[name].clone()], content, "{name}");
+        }
         archive
     }
 
@@ -128,6 +95,7 @@ mod tests {
     #[test]
     fn cuts_and_damaged_content_are_noticed() {
         let archive = sample();
+        let read = |archive: &[u8]| entries(Path::new("x"), archive);
         for cut in 0..archive.len() {
             assert!(read(&archive[..cut]).is_err(), "cut at {cut}");
         }
@@ -135,7 +103,11 @@ mod tests {
         for at in at..at + 5 {
             let mut damaged = archive.clone();
             damaged[at] ^= 4;
-            assert!(read(&damaged).unwrap_err().contains("a/data.pkl"), "{at}");
+            assert!(read(&damaged).unwrap_err().to_string().contains("a/data.pkl is damaged"), "{at}");
         }
+        let mut fewer = archive.clone();
+        let count = archive.len() - 12; // of 22 bytes at the end
+        fewer[count] = 2;
+        assert!(read(&fewer).unwrap_err().to_string().contains("the zip file has 3 entries, expected 2"));
     }
 }

@@ -7,6 +7,7 @@ use std::str::FromStr;
 
 use bytesize::ByteSize;
 
+use crate::choice::written_as_text;
 use crate::error::{Error, Result};
 use crate::graph::ledger::Entry;
 use crate::graph::plan::{Peak, Target, peak};
@@ -15,9 +16,12 @@ use crate::graph::{Node, Plan, Tape, ValueId};
 use crate::tensor::TensorDesc;
 
 /// How much memory a step may take.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum MemoryBudget {
+    /// As much as it wants.
+    #[default]
+    Unlimited,
     /// So many bytes.
     Bytes(u64),
     /// As little as recomputation can do with.
@@ -28,36 +32,28 @@ impl FromStr for MemoryBudget {
     type Err = String;
 
     fn from_str(text: &str) -> std::result::Result<MemoryBudget, String> {
-        if text == "min" {
-            return Ok(MemoryBudget::Least);
+        match text {
+            "none" => return Ok(MemoryBudget::Unlimited),
+            "min" => return Ok(MemoryBudget::Least),
+            _ => {}
         }
         let bytes = text.parse::<ByteSize>().ok().map(|size| size.as_u64()).filter(|&bytes| bytes > 0);
-        bytes.map(MemoryBudget::Bytes).ok_or_else(|| format!("expected a size, as 24GB or 22GiB, or min, got {text:?}"))
+        let expected = || format!("expected a size, as 24GB or 22GiB, min or none, got {text:?}");
+        bytes.map(MemoryBudget::Bytes).ok_or_else(expected)
     }
 }
 
 impl Display for MemoryBudget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            MemoryBudget::Unlimited => f.write_str("none"),
             MemoryBudget::Bytes(bytes) => write!(f, "{bytes}B"),
             MemoryBudget::Least => f.write_str("min"),
         }
     }
 }
 
-impl TryFrom<String> for MemoryBudget {
-    type Error = String;
-
-    fn try_from(text: String) -> std::result::Result<MemoryBudget, String> {
-        text.parse()
-    }
-}
-
-impl From<MemoryBudget> for String {
-    fn from(budget: MemoryBudget) -> String {
-        budget.to_string()
-    }
-}
+written_as_text!(MemoryBudget);
 
 /// What recomputation costs and saves in a step.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
@@ -128,6 +124,7 @@ fn descs<'t>(tape: &'t Tape, values: &[ValueId]) -> Vec<&'t TensorDesc> {
 pub fn fit(tape: &Tape, target: Target, budget: MemoryBudget) -> Result<(Tape, Trade)> {
     let search = Search { tape, target, candidates: candidates(tape) };
     let chosen = match budget {
+        MemoryBudget::Unlimited => BTreeSet::new(),
         MemoryBudget::Bytes(bytes) => search.within(usize::try_from(bytes).unwrap_or(usize::MAX))?,
         MemoryBudget::Least => search.least()?.0,
     };

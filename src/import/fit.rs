@@ -20,6 +20,7 @@ use crate::train::state::to_torch;
 const COUNTER: &str = ".num_batches_tracked";
 
 /// The tensors that fit, under the engine's names and in PyTorch's layout, as in a checkpoint: `momentum/<name>` the momenta.
+/// Counters that the file does not have are 0.
 #[derive(Debug)]
 pub struct Weights {
     /// The tensors.
@@ -178,7 +179,11 @@ impl<'a> Fitting<'a> {
         let counter = param.name.ends_with(COUNTER);
         let Some(theirs) = self.names.engine.remove(&param.name) else {
             match counter {
-                true => self.report.missing_counters += 1,
+                true => {
+                    self.report.missing_counters += 1;
+                    let zero = HostTensor::from_bytes(param.desc.clone(), vec![0; param.desc.bytes()])?;
+                    self.tensors.insert(param.name.clone(), zero);
+                }
                 false => self.report.missing.push(param.name.clone()),
             }
             return Ok(None);

@@ -126,7 +126,7 @@ fn interpret(path: &Path, file: TorchFile) -> Result<Foreign> {
             Err(reason) => no_momenta = Some(reason),
         }
     }
-    let origin = Origin { step: 0, epoch, optimiser };
+    let origin = Origin { step: 0, epoch, optimiser, imported: None };
     let (path, format) = (path.to_path_buf(), file.format);
     let tensors = Tensors::Torch { file: Box::new(file), tensors, momenta };
     Ok(Foreign { path, format, arch, origin, no_momenta, tensors })

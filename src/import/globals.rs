@@ -1,6 +1,6 @@
 //! All that a pickle may name, and what naming it gives: plain data. Nothing else is let through, and none of this is executed.
 
-use super::pickle::{Element, Id, Machine, Storage, TensorRef, Value};
+use super::pickle::{Array, Element, Id, Machine, Storage, TensorRef, Value};
 use crate::error::Result;
 
 /// Dimensions that a tensor may have.
@@ -17,6 +17,8 @@ pub enum Global {
     OrderedDict,
     /// `set`: a list.
     Set,
+    /// `bytes`: how protocol 2 writes those that are empty.
+    Bytes,
     /// `torch.Size`: its tuple.
     Size,
     /// `torch._utils._rebuild_tensor` and `_rebuild_tensor_v2`: a tensor.
@@ -31,6 +33,10 @@ pub enum Global {
     NumpyDtype(Option<[u8; 2]>),
     /// `numpy.core.multiarray.scalar`: a number.
     NumpyScalar,
+    /// `numpy.ndarray`.
+    NumpyArray,
+    /// `numpy.core.multiarray._reconstruct`: an array that is yet to be given its state.
+    NumpyReconstruct,
     /// `_codecs.encode`: how protocol 2 writes bytes.
     Encode,
     /// `argparse.Namespace`: an object with attributes.
@@ -43,13 +49,16 @@ impl Global {
         Some(match (module, name) {
             ("collections", "OrderedDict") => Global::OrderedDict,
             ("builtins" | "__builtin__", "set") => Global::Set,
+            ("builtins" | "__builtin__", "bytes") => Global::Bytes,
             ("torch", "Size") => Global::Size,
             ("torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2") => Global::RebuildTensor,
             ("torch._utils", "_rebuild_parameter") => Global::RebuildParameter,
             ("torch", "float32" | "float64" | "float16" | "bfloat16" | "int64" | "device") => Global::Opaque,
             ("torch", _) => Global::StorageType(storage_element(name)?),
             ("numpy", "dtype") => Global::NumpyDtype(None),
+            ("numpy", "ndarray") => Global::NumpyArray,
             ("numpy.core.multiarray" | "numpy._core.multiarray", "scalar") => Global::NumpyScalar,
+            ("numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct") => Global::NumpyReconstruct,
             ("_codecs", "encode") => Global::Encode,
             ("argparse", "Namespace") => Global::Namespace,
             _ => return None,
@@ -73,6 +82,21 @@ fn storage_element(name: &str) -> Option<Element> {
     })
 }
 
+fn numpy_element(code: [u8; 2]) -> Option<Element> {
+    Some(match &code {
+        b"f8" => Element::F64,
+        b"f4" => Element::F32,
+        b"f2" => Element::F16,
+        b"i8" => Element::I64,
+        b"i4" => Element::I32,
+        b"i2" => Element::I16,
+        b"i1" => Element::I8,
+        b"u1" => Element::U8,
+        b"b1" => Element::Bool,
+        _ => return None,
+    })
+}
+
 impl Machine<'_> {
     /// What calling `callee` with the tuple `arguments` gives; `new` for the opcode that makes objects.
     pub(super) fn call(&mut self, callee: Id, arguments: Id, new: bool) -> Result<Id> {
@@ -89,6 +113,7 @@ impl Machine<'_> {
             (Global::OrderedDict, []) => self.add(Value::Dict(Vec::new())),
             (Global::OrderedDict, [pairs]) => self.dict_of_pairs(*pairs),
             (Global::Set | Global::Size, [items]) if self.values.items(*items).is_some() => Ok(*items),
+            (Global::Bytes, []) => self.add(Value::Bytes(Vec::new())),
             (Global::RebuildTensor, [storage, offset, shape, stride, ..]) => {
                 let tensor = self.tensor([*storage, *offset, *shape, *stride])?;
                 self.add(tensor)
@@ -99,6 +124,11 @@ impl Machine<'_> {
             (Global::Opaque, _) => self.add(Value::Opaque),
             (Global::NumpyDtype(None), [code, ..]) => self.numpy_dtype(*code),
             (Global::NumpyScalar, [dtype, bytes]) => self.numpy_scalar(*dtype, *bytes),
+            (Global::NumpyReconstruct, [class, ..])
+                if matches!(self.values.get(*class), Value::Global(Global::NumpyArray)) =>
+            {
+                self.add(Value::Array(None))
+            }
             (Global::Encode, [text, ..]) => self.encode(*text),
             (Global::Namespace, []) if new => self.add(Value::Object(None)),
             _ => {
@@ -172,13 +202,35 @@ impl Machine<'_> {
         items.iter().map(|id| usize::try_from(self.values.int(*id)?).ok()).collect()
     }
 
-    /// `f8`, `i4` and so on.
+    /// `f8`, `<i4` and so on.
     fn numpy_dtype(&mut self, code: Id) -> Result<Id> {
-        let code = self.values.text(code).and_then(|code| <[u8; 2]>::try_from(code.as_bytes()).ok());
-        match code {
+        let code = self.values.text(code).map(|code| code.strip_prefix(['<', '=', '|']).unwrap_or(code));
+        match code.and_then(|code| <[u8; 2]>::try_from(code.as_bytes()).ok()) {
             Some(code) => self.add(Value::Global(Global::NumpyDtype(Some(code)))),
-            None => Err(self.fault("a numpy type that is no number".into())),
+            None => Err(self.fault("a numpy type that is no little-endian number".into())),
         }
+    }
+
+    /// The array whose state is (version, shape, dtype, column-major?, bytes), if it is of use here.
+    pub(super) fn numpy_array(&self, state: Id) -> Result<Option<Box<Array>>> {
+        let Some([_version, shape, dtype, column_major, bytes]) = self.values.items(state) else {
+            return Err(self.fault("a numpy array whose state is no tuple of five".into()));
+        };
+        let (Some(shape), Value::Global(Global::NumpyDtype(Some(code)))) =
+            (self.sizes(*shape), self.values.get(*dtype))
+        else {
+            return Err(self.fault(format!("a numpy array without a type or a shape of up to {MAX_RANK} dimensions")));
+        };
+        let (Some(element), Value::Bool(false)) = (numpy_element(*code), self.values.get(*column_major)) else {
+            return Ok(None);
+        };
+        let expected = shape.iter().try_fold(element.size(), |bytes, dim| bytes.checked_mul(*dim));
+        let got = self.values.bytes(*bytes).map(<[u8]>::len);
+        if got.is_none() || got != expected {
+            let got = got.map_or(self.values.get(*bytes).kind().into(), |got| format!("{got} bytes"));
+            return Err(self.fault(format!("a numpy array {shape:?} of {element:?} with {got}")));
+        }
+        Ok(Some(Box::new(Array { element, shape, bytes: *bytes })))
     }
 
     /// The state of a numpy dtype is (version, byte order, ...).
@@ -229,4 +281,74 @@ fn fits(len: usize, offset: usize, shape: &[usize], stride: &[usize]) -> bool {
     let reach = |last: usize, (dim, stride): (&usize, &usize)| last.checked_add((dim - 1).checked_mul(*stride)?);
     let last = shape.iter().zip(stride).try_fold(offset, reach);
     count.is_some_and(|count| count <= len) && last.is_some_and(|last| last < len)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::super::pickle::{Array, Element, Id, Value, Values, read};
+
+    /// Python 3.11, numpy 2.4: `pickle.dumps(a, 2)` and `pickle.dumps(a, 4)` of
+    /// `a = np.array([[1.5, -2, 0], [3, 0.25, -0.0]], "<f4")`.
+    const MATRIX: [&[u8]; 2] = [
+        b"\x80\x02cnumpy._core.multiarray\n_reconstruct\nq\x00cnumpy\nndarray\nq\x01K\x00\x85q\x02c_\
+          codecs\nencode\nq\x03X\x01\x00\x00\x00bq\x04X\x06\x00\x00\x00latin1q\x05\x86q\x06Rq\x07\
+          \x87q\x08Rq\x09(K\x01K\x02K\x03\x86q\ncnumpy\ndtype\nq\x0bX\x02\x00\x00\x00f4q\x0c\x89\
+          \x88\x87q\x0dRq\x0e(K\x03X\x01\x00\x00\x00<q\x0fNNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\
+          \x00tq\x10b\x89h\x03X\x1c\x00\x00\x00\x00\x00\xc3\x80?\x00\x00\x00\xc3\x80\x00\x00\x00\
+          \x00\x00\x00@@\x00\x00\xc2\x80>\x00\x00\x00\xc2\x80q\x11h\x05\x86q\x12Rq\x13tq\x14b.",
+        b"\x80\x04\x95\xa3\x00\x00\x00\x00\x00\x00\x00\x8c\x16numpy._core.multiarray\x94\x8c\x0c_rec\
+          onstruct\x94\x93\x94\x8c\x05numpy\x94\x8c\x07ndarray\x94\x93\x94K\x00\x85\x94C\x01b\x94\
+          \x87\x94R\x94(K\x01K\x02K\x03\x86\x94h\x03\x8c\x05dtype\x94\x93\x94\x8c\x02f4\x94\x89\x88\
+          \x87\x94R\x94(K\x03\x8c\x01<\x94NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00t\x94b\x89C\x18\
+          \x00\x00\xc0?\x00\x00\x00\xc0\x00\x00\x00\x00\x00\x00@@\x00\x00\x80>\x00\x00\x00\x80\x94t\
+          \x94b.",
+    ];
+    /// `pickle.dumps({"x": np.array([7, -1], "<i2"), "key": np.array([1, 2], "<u4"), "t": np.asfortranarray(a),
+    /// "e": np.zeros((0, 3)), "s": np.array(True)}, 2)`.
+    const SEVERAL: &[u8] = b"\x80\x02}q\x00(X\x01\x00\x00\x00xq\x01cnumpy._core.multiarray\n_reconstruct\nq\x02cnumpy\
+          \nndarray\nq\x03K\x00\x85q\x04c_codecs\nencode\nq\x05X\x01\x00\x00\x00bq\x06X\x06\x00\x00\
+          \x00latin1q\x07\x86q\x08Rq\x09\x87q\nRq\x0b(K\x01K\x02\x85q\x0ccnumpy\ndtype\nq\x0dX\x02\
+          \x00\x00\x00i2q\x0e\x89\x88\x87q\x0fRq\x10(K\x03X\x01\x00\x00\x00<q\x11NNNJ\xff\xff\xff\
+          \xffJ\xff\xff\xff\xffK\x00tq\x12b\x89h\x05X\x06\x00\x00\x00\x07\x00\xc3\xbf\xc3\xbfq\x13h\
+          \x07\x86q\x14Rq\x15tq\x16bX\x03\x00\x00\x00keyq\x17h\x02h\x03K\x00\x85q\x18h\x09\x87q\x19R\
+          q\x1a(K\x01K\x02\x85q\x1bh\x0dX\x02\x00\x00\x00u4q\x1c\x89\x88\x87q\x1dRq\x1e(K\x03h\x11NN\
+          NJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tq\x1fb\x89h\x05X\x08\x00\x00\x00\x01\x00\x00\x00\
+          \x02\x00\x00\x00q h\x07\x86q!Rq\"tq#bX\x01\x00\x00\x00tq$h\x02h\x03K\x00\x85q%h\x09\x87q&R\
+          q'(K\x01K\x02K\x03\x86q(h\x0dX\x02\x00\x00\x00f4q)\x89\x88\x87q*Rq+(K\x03h\x11NNNJ\xff\
+          \xff\xff\xffJ\xff\xff\xff\xffK\x00tq,b\x88h\x05X\x1c\x00\x00\x00\x00\x00\xc3\x80?\x00\x00@\
+          @\x00\x00\x00\xc3\x80\x00\x00\xc2\x80>\x00\x00\x00\x00\x00\x00\x00\xc2\x80q-h\x07\x86q.Rq/\
+          tq0bX\x01\x00\x00\x00eq1h\x02h\x03K\x00\x85q2h\x09\x87q3Rq4(K\x01K\x00K\x03\x86q5h\x0dX\
+          \x02\x00\x00\x00f8q6\x89\x88\x87q7Rq8(K\x03h\x11NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\
+          \x00tq9b\x89c__builtin__\nbytes\nq:)Rq;tq<bX\x01\x00\x00\x00sq=h\x02h\x03K\x00\x85q>h\x09\
+          \x87q?Rq@(K\x01)h\x0dX\x02\x00\x00\x00b1qA\x89\x88\x87qBRqC(K\x03X\x01\x00\x00\x00|qDNNNJ\
+          \xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tqEb\x89h\x05X\x01\x00\x00\x00\x01qFh\x07\x86qGRqHtq\
+          Ibu.";
+
+    fn array<'a>(values: &'a Values, id: Id) -> Option<(&'a Array, &'a [u8])> {
+        let Value::Array(array) = values.get(id) else { panic!("{:?}", values.get(id)) };
+        array.as_ref().map(|array| (&**array, values.bytes(array.bytes).unwrap()))
+    }
+
+    #[test]
+    fn numpys_arrays_are_what_python_wrote() {
+        let expected: Vec<u8> = [1.5f32, -2.0, 0.0, 3.0, 0.25, -0.0].into_iter().flat_map(f32::to_le_bytes).collect();
+        for file in MATRIX {
+            let pickle = read(Path::new("x"), file, 0..file.len()).unwrap();
+            let (array, bytes) = array(&pickle.values, pickle.root).unwrap();
+            assert_eq!((array.element, &array.shape[..], bytes), (Element::F32, &[2, 3][..], &expected[..]));
+        }
+        let pickle = read(Path::new("x"), SEVERAL, 0..SEVERAL.len()).unwrap();
+        let found = |key: &str| array(&pickle.values, pickle.values.lookup(pickle.root, key).unwrap());
+        for (key, element, shape, bytes) in [
+            ("x", Element::I16, &[2][..], &[7, 0, 255, 255][..]),
+            ("e", Element::F64, &[0, 3], &[]),
+            ("s", Element::Bool, &[], &[1]),
+        ] {
+            let (array, got) = found(key).unwrap();
+            assert_eq!((array.element, &array.shape[..], got), (element, shape, bytes), "{key}");
+        }
+        assert!(found("key").is_none() && found("t").is_none(), "unsigned, column-major");
+    }
 }

@@ -24,6 +24,8 @@ pub use foreign::{Foreign, open};
 pub use network::Network;
 pub use report::Report;
 
+use crate::train::trained::Imported;
+
 /// What kind of file weights come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -63,6 +65,9 @@ pub struct Origin {
     /// The optimiser's settings, where there were momenta.
     #[serde(default)]
     pub optimiser: Option<OptimiserFacts>,
+    /// The network and its images, which a run has in its configuration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub imported: Option<Imported>,
 }
 
 /// The settings of SGD in a file, for comparison with a recipe.

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use super::globals::Global;
 use crate::error::{Error, Result};
+use crate::tensor::DType;
 
 /// Values that one pickle may make. A training checkpoint has some ten thousand.
 const MAX_VALUES: usize = 1 << 20;
@@ -51,6 +52,8 @@ pub enum Value {
     Storage(Box<Storage>),
     /// A tensor.
     Tensor(Box<TensorRef>),
+    /// A numpy array; nothing of it when it is not row-major or its elements are not [`Element`]s.
+    Array(Option<Box<Array>>),
     /// Something that is of no use here.
     Opaque,
 }
@@ -81,6 +84,18 @@ impl Element {
             Element::I8 | Element::U8 | Element::Bool => 1,
         }
     }
+
+    /// What holds such elements here: integers narrower than 64 bits are widened.
+    pub fn dtype(self) -> DType {
+        match self {
+            Element::F64 => DType::F64,
+            Element::F32 => DType::F32,
+            Element::F16 => DType::F16,
+            Element::Bf16 => DType::Bf16,
+            Element::I64 | Element::I32 | Element::I16 | Element::I8 => DType::I64,
+            Element::U8 | Element::Bool => DType::U8,
+        }
+    }
 }
 
 /// The memory that tensors are views of; its bytes lie outside of the pickle.
@@ -105,6 +120,17 @@ pub struct TensorRef {
     pub shape: Vec<usize>,
     /// Elements between neighbours, in each dimension.
     pub stride: Vec<usize>,
+}
+
+/// A numpy array, row-major, of as many bytes as its shape says.
+#[derive(Debug, Clone)]
+pub struct Array {
+    /// Type of its elements.
+    pub element: Element,
+    /// Dimensions.
+    pub shape: Vec<usize>,
+    /// The value with its bytes.
+    pub bytes: Id,
 }
 
 /// All values of a pickle.
@@ -160,6 +186,14 @@ impl Values {
     pub fn int(&self, id: Id) -> Option<i64> {
         match self.get(id) {
             Value::Int(value) => Some(*value),
+            _ => None,
+        }
+    }
+
+    /// Bytes.
+    pub fn bytes(&self, id: Id) -> Option<&[u8]> {
+        match self.get(id) {
+            Value::Bytes(bytes) => Some(bytes),
             _ => None,
         }
     }
@@ -414,6 +448,11 @@ impl Machine<'_> {
 
     /// Takes note of an object's state.
     fn build(&mut self, target: Id, state: Id) -> Result<()> {
+        if let Value::Array(None) = self.values.get(target) {
+            let array = self.numpy_array(state)?;
+            self.values.0[target.0 as usize] = Value::Array(array);
+            return Ok(());
+        }
         let state_is_dict = matches!(self.values.get(state), Value::Dict(_));
         match &mut self.values.0[target.0 as usize] {
             // Attributes of an OrderedDict: a state_dict has its _metadata there.
@@ -571,6 +610,7 @@ impl Value {
             Value::Global(_) => "a function or class",
             Value::Storage(_) => "a storage",
             Value::Tensor(_) => "a tensor",
+            Value::Array(_) => "a numpy array",
             Value::Opaque => "an opaque value",
         }
     }

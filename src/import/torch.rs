@@ -8,7 +8,7 @@ use super::Format;
 use super::pickle::{self, Element, Id, Pickle, TensorRef, Value, Values, shown};
 use super::zip;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, HostTensor, TensorDesc};
+use crate::tensor::{HostTensor, TensorDesc};
 
 /// What pickles of protocol 2 and above begin with.
 const PICKLE: u8 = 0x80;
@@ -169,15 +169,7 @@ impl TorchFile {
                 _ => bytes.extend_from_slice(element_bytes),
             }
         }
-        let dtype = match element {
-            Element::F64 => DType::F64,
-            Element::F32 => DType::F32,
-            Element::F16 => DType::F16,
-            Element::Bf16 => DType::Bf16,
-            Element::I64 | Element::I32 | Element::I16 | Element::I8 => DType::I64,
-            Element::U8 | Element::Bool => DType::U8,
-        };
-        HostTensor::from_bytes(TensorDesc::new(&tensor.shape[..], dtype), bytes)
+        HostTensor::from_bytes(TensorDesc::new(&tensor.shape[..], element.dtype()), bytes)
     }
 }
 

@@ -26,20 +26,25 @@ const LOCAL_LEN: usize = 30;
 const EXTRA_64: u16 = 1;
 /// What a 32-bit field says when its value is in that extra field.
 const SEE_EXTRA: u64 = 0xffff_ffff;
+/// The largest number of entries that 16 bits can say: so many, or more.
+const MANY: u64 = 0xffff;
 
 /// Where the entries of a zip file lie, by name; all checksums are verified.
 ///
 /// # Errors
 /// [`Error::Format`] for a file that is cut, inconsistent, damaged or compressed.
 pub fn entries(path: &Path, file: &[u8]) -> Result<HashMap<String, Range<usize>>> {
-    let mut at = directory(path, file)?;
+    let (mut at, promised) = directory(path, file)?;
     let mut entries = HashMap::new();
     // Entries that share bytes would cost more time than the file is long.
     let mut unread = file.len();
     loop {
         let record = Record { path, file, at };
         if record.signature()? != CENTRAL {
-            return Ok(entries);
+            return match promised == MANY || promised == entries.len() as u64 {
+                true => Ok(entries),
+                false => Err(record.fault(format!("the zip file has {} entries, expected {promised}", entries.len()))),
+            };
         }
         let entry = Entry::read(&record)?;
         let range = entry.range(path, file)?;
@@ -54,8 +59,8 @@ pub fn entries(path: &Path, file: &[u8]) -> Result<HashMap<String, Range<usize>>
     }
 }
 
-/// Where the central directory starts.
-fn directory(path: &Path, file: &[u8]) -> Result<usize> {
+/// Where the central directory starts, and how many entries it has.
+fn directory(path: &Path, file: &[u8]) -> Result<(usize, u64)> {
     let tail = file.len().saturating_sub(END_LEN + LONGEST_COMMENT);
     let Some(end) = memchr::memmem::rfind(&file[tail..], END).map(|found| tail + found) else {
         let what = "the file is cut: it begins as a zip file and does not end as one";
@@ -66,15 +71,15 @@ fn directory(path: &Path, file: &[u8]) -> Result<usize> {
     if promised != file.len() {
         return Err(record.fault(format!("the zip file ends at byte {}, expected {promised}", file.len())));
     }
-    let offset = record.number(16, 4)?;
+    let (count, offset) = (record.number(10, 2)?, record.number(16, 4)?);
     if offset != SEE_EXTRA {
-        return Ok(offset as usize);
+        return Ok((offset as usize, count));
     }
     let locator = Record { path, file, at: end.saturating_sub(LOCATOR_64_LEN) };
     locator.expect(LOCATOR_64)?;
     let end_64 = Record { path, file, at: usize::try_from(locator.number(8, 8)?).unwrap_or(usize::MAX) };
     end_64.expect(END_64)?;
-    Ok(usize::try_from(end_64.number(48, 8)?).unwrap_or(usize::MAX))
+    Ok((usize::try_from(end_64.number(48, 8)?).unwrap_or(usize::MAX), end_64.number(32, 8)?))
 }
 
 /// A record of the format at a byte of the file.

@@ -4,29 +4,10 @@ use std::collections::HashSet;
 use std::fmt::{self, Display};
 use std::str::FromStr;
 
+use crate::choice::written_as_text;
 use crate::error::{Error, Result};
 use crate::graph::{Node, Phase, Tape};
 use crate::ops::conv2d::Join;
-
-/// Lets serde read and write a choice as the text that the command line takes.
-macro_rules! written_as_text {
-    ($choice:ty) => {
-        impl TryFrom<String> for $choice {
-            type Error = String;
-
-            fn try_from(text: String) -> std::result::Result<$choice, String> {
-                text.parse()
-            }
-        }
-
-        impl From<$choice> for String {
-            fn from(one: $choice) -> String {
-                one.to_string()
-            }
-        }
-    };
-}
-pub(crate) use written_as_text;
 
 /// What the channels of an ordinary convolution are multiples of, and the largest side of its kernel.
 const CHANNELS: usize = 8;

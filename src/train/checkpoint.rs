@@ -53,7 +53,7 @@ pub fn verify<S: DeserializeOwned>(
 ) -> Result<Checkpoint<S>> {
     if !is_checkpoint(metadata) {
         return Err(Error::format(path, None, "a safetensors file, but not a checkpoint of this engine")
-            .with_hint("pass a step-*.safetensors file from a run's checkpoint folder"));
+            .with_hint("pass a step-*.safetensors file of a run, or make a checkpoint of it with import --out"));
     }
     check_version(path, field(path, metadata, "version")?)?;
     let (state, stored) = (field(path, metadata, "state")?, field(path, metadata, "blake3")?);

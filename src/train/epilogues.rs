@@ -5,8 +5,9 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::choice::written_as_text;
 use crate::exec::Device;
-use crate::nn::epilogues::{Epilogues, Layers, ResidualGradient, written_as_text};
+use crate::nn::epilogues::{Epilogues, Layers, ResidualGradient};
 use crate::tensor::DType;
 
 /// Compute capabilities for which cuDNN has a precompiled convolution with statistics.

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::exec::Device;
 use crate::nn::classifier::Classifier;
 use crate::nn::resnet::ResNet;
+use crate::nn::views::Views;
 use crate::tensor::safetensors::{self, NamedTensors};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::config::Machine;
@@ -181,6 +182,9 @@ impl FinetuneConfig {
         if self.machine.workers == 0 {
             return Err(Error::config("--workers", "expected at least 1, got 0"));
         }
+        if self.machine.memory.views != Views::Together {
+            return Err(Error::config("views", "expected together: fine-tuning has one view of each image"));
+        }
         Ok(())
     }
 
@@ -330,7 +334,6 @@ impl<'a> Training<'a> {
     /// Settings that do not fit together; [`Error::OutOfMemory`].
     pub fn prepare(arm: Arm, config: &'a FinetuneConfig, images: &'a Images, device: &Device) -> Result<Training<'a>> {
         let steps = steps_per_epoch(images.train.len(), images.batch);
-        let frozen = if arm == Arm::Finetuned { config.frozen()? } else { 0 };
         let base = match arm {
             Arm::Finetuned => [config.recipe.lr, config.recipe.head_lr],
             Arm::Scratch => [config.recipe.baseline_lr; 2],
@@ -338,10 +341,18 @@ impl<'a> Training<'a> {
         let rates = base.map(|lr| config.schedule(lr, images.batch, steps));
         rates[0].validate()?;
         config.machine.dtype.check_trainable_on(device)?;
-        let model = Classifier { backbone: config.backbone.clone(), classes: images.classes().len(), frozen };
-        let Machine { dtype, epilogues, .. } = &config.machine;
+        let whole = Classifier { backbone: config.backbone.clone(), classes: images.classes().len(), frozen: 0 };
+        let model = match arm {
+            Arm::Finetuned => Classifier { frozen: config.frozen()?, ..whole.clone() },
+            Arm::Scratch => whole.clone(),
+        };
+        let Machine { dtype, epilogues, memory, .. } = &config.machine;
         let (options, epilogues) = (config.machine.options(), epilogues.clone());
-        let place = Place { device, dtype: dtype.dtype(), options, epilogues };
+        let place = Place { device, dtype: dtype.dtype(), options, epilogues, memory: *memory };
+        if config.baseline && arm == Arm::Finetuned && model.frozen > 0 {
+            // Its steps take more than these: that they do not fit must not come out when these are done.
+            Supervised::check(&whole, &config.augment, &place, &images.train, images.batch)?;
+        }
         // The tester first: what is free after it is the trainer's.
         let tester = Tester::new(&model, &config.augment, &place)?;
         let trainer = Supervised::new(&model, &config.augment, &place, &images.train, images.batch)?;

@@ -16,8 +16,8 @@ pub struct MemoryChoice {
     #[serde(default)]
     pub views: Views,
     /// What a step may take; activations are computed again until it does.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub budget: Option<MemoryBudget>,
+    #[serde(default)]
+    pub budget: MemoryBudget,
 }
 
 impl MemoryChoice {
@@ -27,8 +27,8 @@ impl MemoryChoice {
     /// [`crate::error::Error::Config`] when recomputation alone cannot meet it.
     pub fn fit(&self, tape: Tape, target: Target) -> Result<(Tape, Option<Trade>)> {
         match self.budget {
-            None => Ok((tape, None)),
-            Some(budget) => fit(&tape, target, budget).map(|(tape, trade)| (tape, Some(trade))),
+            MemoryBudget::Unlimited => Ok((tape, None)),
+            budget => fit(&tape, target, budget).map(|(tape, trade)| (tape, Some(trade))),
         }
     }
 
@@ -44,14 +44,13 @@ mod tests {
 
     #[test]
     fn choices_survive_the_configuration() {
-        for (views, budget) in
-            [(Views::Together, None), (Views::Sequential, Some("24GB")), (Views::Together, Some("min"))]
-        {
-            let choice = MemoryChoice { views, budget: budget.map(|text| text.parse().unwrap()) };
+        for (views, budget) in [(Views::Together, "none"), (Views::Sequential, "24GB"), (Views::Together, "min")] {
+            let choice = MemoryChoice { views, budget: budget.parse().unwrap() };
             let text = toml::to_string(&choice).unwrap();
             assert_eq!(toml::from_str::<MemoryChoice>(&text).unwrap(), choice, "{text}");
-            assert_eq!(choice.is_default(), text == "views = \"together\"\n", "{text}");
+            assert_eq!(choice.is_default(), text == "views = \"together\"\nbudget = \"none\"\n", "{text}");
         }
+        assert!(toml::from_str::<MemoryChoice>("").unwrap().is_default());
     }
 
     #[test]

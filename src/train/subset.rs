@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::choice::written_as_text;
 use crate::data::dataset::Dataset;
 use crate::data::format::Entry;
 use crate::error::{Error, Result};
@@ -48,19 +49,7 @@ impl Display for Fraction {
     }
 }
 
-impl TryFrom<String> for Fraction {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Fraction, String> {
-        text.parse()
-    }
-}
-
-impl From<Fraction> for String {
-    fn from(fraction: Fraction) -> String {
-        fraction.to_string()
-    }
-}
+written_as_text!(Fraction);
 
 /// Chosen records of a dataset.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -18,6 +18,7 @@ use crate::tensor::DType;
 use crate::tensor::safetensors::NamedTensors;
 use crate::train::checkpoint::Checkpoint;
 use crate::train::epilogues::EpilogueChoice;
+use crate::train::memory::MemoryChoice;
 use crate::train::state::{read_momenta, read_params, restore, write_initial, write_params};
 use crate::train::trainer::{Source, view_source};
 
@@ -72,14 +73,22 @@ pub struct Place<'a> {
     pub options: Options,
     /// What training steps fuse with convolutions.
     pub epilogues: EpilogueChoice,
+    /// What a training step may take.
+    pub memory: MemoryChoice,
 }
 
 impl Place<'_> {
     fn executor(&self, tape: Tape) -> Result<Box<dyn Executor>> {
         self.device.executor_with(tape, self.options).map_err(|error| match error {
-            Error::OutOfMemory { .. } => error.with_hint("use a smaller --batch, or --dtype bf16"),
+            Error::OutOfMemory { .. } => error.with_hint("use a smaller --batch, --memory-budget or --dtype bf16"),
             other => other,
         })
+    }
+
+    /// `tape` within the budget. There is one view, so `--views` is of no help.
+    fn fit(&self, tape: Tape) -> Result<Tape> {
+        let fitted = self.memory.fit(tape, self.device.target());
+        fitted.map(|(tape, _)| tape).map_err(|error| error.with_hint("use a smaller --batch, or --from-layer"))
     }
 }
 
@@ -108,16 +117,26 @@ impl Supervised {
         dataset: &Dataset,
         batch: usize,
     ) -> Result<Supervised> {
-        let source = view_source(place.device, (augment, &model.backbone), place.dtype, dataset, batch)?;
-        let epilogues = place.epilogues.resolve(place.device, place.dtype);
-        let shape = StepShape { epilogues, ..StepShape::new(batch, augment.image_size, place.dtype, source.clone()) };
-        let graph = model.record_step(&shape)?;
-        let ClassifierGraph { tape, views, stored, labels, step_params, loss, correct, params, momenta, .. } = graph;
+        let (graph, source) = record(model, augment, place, dataset, batch)?;
+        let ClassifierGraph { tape, labels, step_params, loss, correct, params, momenta, .. } = graph;
         let mut exec = place.executor(tape)?;
         exec.watch(&[loss, correct])?;
         let in_flight = if place.device.target() == Target::Cuda { IN_FLIGHT } else { 0 };
-        let source = Source::of(views, stored, source);
         Ok(Supervised { exec, source, labels, step_params, params, momenta, in_flight })
+    }
+
+    /// Whether [`Supervised::new`] can record and plan these steps; takes no memory of the device.
+    ///
+    /// # Errors
+    /// As [`Supervised::new`], but for [`Error::OutOfMemory`].
+    pub fn check(
+        model: &Classifier,
+        augment: &AugmentConfig,
+        place: &Place<'_>,
+        dataset: &Dataset,
+        batch: usize,
+    ) -> Result<()> {
+        record(model, augment, place, dataset, batch).map(drop)
     }
 
     /// Gives it start values for `seed`, and then the backbone of a pretraining's tensors, if there are any.
@@ -218,6 +237,23 @@ impl Supervised {
         tensors.extend(read_momenta(&*self.exec, &self.momenta)?);
         Ok(tensors)
     }
+}
+
+/// A step of `batch` images of `dataset`, within the budget of `place`.
+fn record(
+    model: &Classifier,
+    augment: &AugmentConfig,
+    place: &Place<'_>,
+    dataset: &Dataset,
+    batch: usize,
+) -> Result<(ClassifierGraph, Source)> {
+    let source = view_source(place.device, (augment, &model.backbone), place.dtype, dataset, batch)?;
+    let epilogues = place.epilogues.resolve(place.device, place.dtype);
+    let shape = StepShape { epilogues, ..StepShape::new(batch, augment.image_size, place.dtype, source.clone()) };
+    let mut graph = model.record_step(&shape)?;
+    graph.tape = place.fit(graph.tape)?;
+    let source = Source::of(graph.views, graph.stored, source);
+    Ok((graph, source))
 }
 
 /// A classifier in evaluation mode.

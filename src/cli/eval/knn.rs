@@ -68,10 +68,10 @@ pub fn run(args: &KnnArgs) -> Result<()> {
     let mut figures =
         vec![figure(args, &task, &mut network.extractor, &network.device, ["trained", "trained network"])?];
     if args.compare {
-        network.extractor.initialise(network.config.seed)?;
+        network.extractor.initialise(network.seed)?;
         let untrained = ["untrained", "untrained network"];
         figures.push(figure(args, &task, &mut network.extractor, &network.device, untrained)?);
-        let mut pixels = Pixels::new(&network.config.augment);
+        let mut pixels = Pixels::new(&network.augment);
         figures.push(figure(args, &task, &mut pixels, &network.device, ["raw_pixels", "raw pixels"])?);
     }
     let trained = &figures[0].result;

@@ -86,7 +86,7 @@ pub fn run(args: &LinearArgs) -> Result<()> {
     let (train, test) = (args.network.dataset(&args.train)?, args.network.dataset(&args.test)?);
     let mut network = args.network.open()?;
     if args.untrained {
-        network.extractor.initialise(network.config.seed)?;
+        network.extractor.initialise(network.seed)?;
         network.facts["untrained"] = true.into();
         network.title += ", at its random start";
     }
@@ -128,7 +128,7 @@ fn config(args: &LinearArgs, network: &Network) -> Result<LinearConfig> {
         jitter_probability: 0.0,
         grayscale_probability: 0.0,
         blur_probability: 0.0,
-        ..network.config.augment.clone()
+        ..network.augment.clone()
     };
     let LinearArgs { epochs, batch, holdout, seed, cached, .. } = *args;
     Ok(LinearConfig { heads, epochs, batch, holdout, seed, cached, augment })

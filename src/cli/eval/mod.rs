@@ -8,13 +8,13 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::model_args::arch_name;
+use crate::data::augment::AugmentConfig;
 use crate::data::dataset::Dataset;
 use crate::data::mapped::Access;
 use crate::error::{Error, Result};
 use crate::eval::features::FeatureExtractor;
 use crate::exec::{Device, DeviceChoice, Opened, Precision};
-use crate::train::config::RunConfig;
-use crate::train::trained::{self, Trained};
+use crate::train::trained;
 
 #[derive(Debug, clap::Args)]
 pub struct EvalArgs {
@@ -40,7 +40,7 @@ pub fn run(args: EvalArgs) -> Result<()> {
 /// The network, and where it runs.
 #[derive(Debug, clap::Args)]
 struct NetworkArgs {
-    /// Run directory, whose newest checkpoint is taken, or a checkpoint file in one.
+    /// Run directory, whose newest checkpoint is taken, a checkpoint file in one, or a file of `import --out`.
     #[arg(value_name = "RUN_OR_CHECKPOINT")]
     source: PathBuf,
     /// Where to compute: auto (the first NVIDIA GPU if there is one, else the CPU), cpu, cuda, cuda:N, or cuda-emulated (the
@@ -60,7 +60,9 @@ struct NetworkArgs {
 
 /// A trained encoder on its device.
 struct Network {
-    config: RunConfig,
+    augment: AugmentConfig,
+    /// Seed of its random start.
+    seed: u64,
     extractor: FeatureExtractor,
     device: Device,
     /// Path, architecture and steps, for people and as JSON.
@@ -70,34 +72,36 @@ struct Network {
 
 impl NetworkArgs {
     fn open(&self) -> Result<Network> {
-        let Trained { config, mut checkpoint, .. } = trained::open(&self.source)?;
-        let Opened { device, instead_of_gpu } = self.device.open(config.machine.cpu_conv)?;
+        let mut trained = trained::open(&self.source)?;
+        let Opened { device, instead_of_gpu } = self.device.open(trained.origin.cpu_conv())?;
         if let Some(error) = instead_of_gpu {
             tracing::info!("on the CPU, because there is no GPU to be used: {error}");
         }
         let precision = self.dtype.unwrap_or_else(|| Precision::default_on(&device));
         check_precision(precision, &device)?;
-        let (model, augment) = (&config.model, &config.augment);
-        let tensors = trained::backbone(model, augment.image_size, &mut checkpoint)?;
+        let (model, augment) = (&trained.model, &trained.augment);
+        let tensors = trained::backbone(model, augment.image_size, &mut trained.checkpoint)?;
         let mut extractor = FeatureExtractor::new(model, augment, &device, precision.dtype())?;
         extractor.load(&tensors)?;
-        let (arch, step) = (arch_name(&model.backbone), checkpoint.state.step);
+        let arch = arch_name(&model.backbone);
         let title = format!(
-            "{}: {arch} after step {step}, {}-dimensional features in {precision}, on {}",
+            "{}: {arch} {}, {}-dimensional features in {precision}, on {}",
             self.source.display(),
+            trained.history(),
             model.backbone.feature_dim(),
             device.name()
         );
         let facts = json!({
-            "checkpoint": checkpoint.path(),
+            "checkpoint": trained.checkpoint.path(),
             "arch": arch,
-            "step": step,
+            "step": trained.step(),
             "feature_dim": model.backbone.feature_dim(),
             "image_size": augment.image_size,
             "dtype": precision,
             "device": device.name(),
         });
-        Ok(Network { config, extractor, device, title, facts })
+        let (augment, seed) = (augment.clone(), trained.origin.seed());
+        Ok(Network { augment, seed, extractor, device, title, facts })
     }
 
     fn dataset(&self, path: &Path) -> Result<Dataset> {
