@@ -2,7 +2,7 @@
 """What tools/gpu_check.sh measured, side by side: bench_table.py FOLDER
 
 Reads step-*.json (`bench step --json`; step-*-largest.json was asked for the largest batch), pytorch-*.jsonl (`pytorch_baseline.py
---json`), train-speed.json, run/metrics.jsonl and what steps-*.jsonl say of the steps themselves; writes tables in Markdown,
+--json`), train-speed.json, run/metrics.jsonl, knn.json (`eval knn --json`) and what steps-*.jsonl say of the steps themselves; writes tables in Markdown,
 FOLDER/summary.md, and the same figures as FOLDER/table.json. What was not measured is left out, and said to be missing where it
 decides something.
 """
@@ -132,7 +132,7 @@ def variants(rows):
 
 
 def training(folder):
-    lines, speed = json_lines(folder / "run" / "metrics.jsonl"), json_file(folder / "train-speed.json")
+    lines, speed, knn = json_lines(folder / "run" / "metrics.jsonl"), json_file(folder / "train-speed.json"), json_file(folder / "knn.json")
     if not lines:
         return None
     speeds = sorted(line["timing"]["images_per_s"] for line in lines[1:] or lines)
@@ -144,6 +144,8 @@ def training(folder):
         "z_std": [lines[0]["z_std"], lines[-1]["z_std"]],
         "effective_rank": [line["effective_rank"] for line in lines if "effective_rank" in line],
         "knn": [[line["epoch"] + 1, line["knn"]] for line in lines if "knn" in line],
+        "knn_of_checkpoint": knn and {"step": knn["network"]["step"], "device": knn["network"]["device"], **{
+            who: knn[who]["best"] for who in ("trained", "untrained", "pixels") if knn.get(who)}},
         "median_images_per_s": speeds[len(speeds) // 2],
         "median_data_wait_share": waits[len(waits) // 2],
         "short_run_images_per_s": speed and speed["images_per_s"],
@@ -169,6 +171,14 @@ def row_of_all(r):
     return [r["who"], batch, r["setting"], f"{r['images_per_s']:,.1f}", f"{r['step_ms']:.2f} ({low:.2f} to {high:.2f})", f"{r['memory_gb']:.3g}", mfu]
 
 
+def of_knn(knn):
+    if not knn:
+        return []
+    best = [f"{who} {100 * knn[who]['top1']:.2f} % (k = {knn[who]['k']}, T = {knn[who]['temperature']})"
+            for who in ("trained", "untrained", "pixels") if who in knn]
+    return [[f"kNN after step {knn['step']:,}, best k and T, on {knn['device']}", ", ".join(best)]]
+
+
 def of_training(t):
     knn = [f"{100 * accuracy:.2f} % after epoch {epoch}" for epoch, accuracy in t["knn"]]
     shown = knn if len(knn) <= 4 else [knn[0], "...", *knn[-2:]]
@@ -178,7 +188,8 @@ def of_training(t):
         ["loss, first and last", " -> ".join(f"{loss:.4f}" for loss in t["loss"])],
         ["z std x sqrt(d), first and last", " -> ".join(f"{std:.3f}" for std in t["z_std"])],
         ["effective rank of z, first and last", " -> ".join(rank[:1] + rank[-1:] if len(rank) > 1 else rank) or "not measured"],
-        ["kNN", ", ".join(shown) or "not measured"],
+        ["kNN as it went", ", ".join(shown) or "not measured"],
+        *of_knn(t["knn_of_checkpoint"]),
         ["images/s, median", f"{t['median_images_per_s']:,.0f}, waiting for data {100 * t['median_data_wait_share']:.0f} % of the time"],
     ]
     if t["short_run_images_per_s"]:

@@ -64,8 +64,9 @@ impl Images {
                 let image = Image::new(pixels, stored.width, stored.height, stored.channels)?;
                 let original = (stored.original_width as u32, stored.original_height as u32);
                 augmenter.view(&image.with_original_size(original.0, original.1)?, &params[number], &mut view);
-                let padded = |pixel: &[f32]| (0..channels).map(|c| pixel.get(c).copied().unwrap_or(0.0)).collect();
-                let padded: Vec<f32> = view.chunks_exact(3).flat_map(|pixel| -> Vec<f32> { padded(pixel) }).collect();
+                let channel = |pixel: &[f32], c| pixel.get(c).copied().unwrap_or(0.0);
+                let pixels = view.chunks_exact(3);
+                let padded: Vec<f32> = pixels.flat_map(|pixel| (0..channels).map(move |c| channel(pixel, c))).collect();
                 all.extend(dtype.encode_f32(&padded));
             }
         }
@@ -86,8 +87,8 @@ pub(super) fn check(device: &Device, mut report: impl FnMut(Outcome)) -> Result<
         for (epoch, device_views) in on_device(device, &images, config, (dtype, channels))?.iter().enumerate() {
             let expected = images.views(config, &images.draw(config, epoch as u32), (dtype, channels))?;
             let elements = device_views.chunks(dtype.size()).zip(expected.chunks(dtype.size()));
-            let first = config.view_len() / 3 * channels;
-            differ.extend(elements.enumerate().filter(|(_, (a, b))| a != b).map(|(i, _)| (epoch, i / first)));
+            let of_view = config.view_len() / 3 * channels;
+            differ.extend(elements.enumerate().filter(|(_, (a, b))| a != b).map(|(i, _)| (epoch, i / of_view)));
         }
         let views = BATCHES as usize * 2 * IMAGES.len();
         let worst = match differ.first() {
