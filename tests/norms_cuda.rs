@@ -70,12 +70,12 @@ fn consumers(channels: usize, groups: usize) -> (Tape, Vec<ValueId>) {
         outputs.push(tape.record_updating(op, &inputs, &[state[0], state[1], tracked]).unwrap()[0]);
     }
     for (kernel, stride, padding) in [(3, 2, 1), (4, 3, 2)] {
-        outputs.push(tape.record_one(MaxPool { kernel, stride, padding }, &[x]).unwrap());
+        outputs.push(tape.record_one(MaxPool { kernel, stride, padding, taken: true }, &[x]).unwrap());
     }
     outputs.push(tape.record_one(GlobalAvgPool, &[x]).unwrap());
-    outputs.push(tape.record_one(MaxPool { kernel: 2, stride: 2, padding: 0 }, &[residual]).unwrap());
+    outputs.push(tape.record_one(MaxPool { kernel: 2, stride: 2, padding: 0, taken: true }, &[residual]).unwrap());
     // Walked backwards, this one comes first and overwrites; the ones above add.
-    outputs.push(tape.record_one(MaxPool { kernel: 3, stride: 1, padding: 1 }, &[x]).unwrap());
+    outputs.push(tape.record_one(MaxPool { kernel: 3, stride: 1, padding: 1, taken: true }, &[x]).unwrap());
 
     let seeds: Vec<(ValueId, ValueId)> = outputs
         .iter()
@@ -116,7 +116,7 @@ fn nan_wins_a_max_pool_and_takes_no_gradient() {
             let pooled = |device: &Device, dtype: DType| {
                 let mut tape = Tape::new();
                 let x = tape.leaf("x", TensorDesc::new([2, 9, 8, channels], dtype), Role::Input, true);
-                let y = tape.record_one(MaxPool { kernel, stride, padding }, &[x]).unwrap();
+                let y = tape.record_one(MaxPool { kernel, stride, padding, taken: true }, &[x]).unwrap();
                 tape.keep(y);
                 let desc = tape.desc(y).clone();
                 let d_y = tape.leaf("d_y", desc.clone(), Role::Input, false);
@@ -174,7 +174,7 @@ fn stem(fused: bool, [n, h, w, channels]: [usize; 4], groups: usize, dtype: DTyp
             let fusion = Fusion { affine: true, residual: false, relu: true };
             let norm = BatchNorm { groups, eps: 1e-5, momentum: 0.1, fusion, sums_given: false, means: false };
             let y = tape.record_updating(norm, &inputs, &updates).unwrap()[0];
-            tape.record_one(MaxPool { kernel: 3, stride: 2, padding: 1 }, &[y]).unwrap()
+            tape.record_one(MaxPool { kernel: 3, stride: 2, padding: 1, taken: true }, &[y]).unwrap()
         }
     };
     // Recorded last, it is the first on the way back: the batch norm adds to its d_x.
