@@ -7,7 +7,7 @@
 //   apply               read x, write y, taken        1.37
 //   backward reduce     read x, d_y, taken            1.37
 //   backward apply      the same, write d_x           2.37
-// where the separate ops take 1 + 2, 1.25, 2.5 and 2 + 3. The gradient at the output of the batch norm is gathered twice, a
+// where the separate ops take 1 + 2, 1.37, 1.37 and 2 + 3. The gradient at the output of the batch norm is gathered twice, a
 // thread for two by two pixels: the windows over them are the same four, of which the caches answer all but one.
 #include "batch_norm.cuh"
 #include "positions.cuh"

@@ -156,7 +156,7 @@ impl Op for MaxPool {
     fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
         let g = self.geometry(inputs[0])?;
         if self.taken && self.kernel * self.kernel > NONE.into() {
-            let what = format!("max_pool: the gradient of {0}x{0} windows, of more than {NONE} positions", self.kernel);
+            let what = format!("the gradient of a max_pool of {0}x{0} windows, expected at most 15x15", self.kernel);
             return Err(Error::Unsupported { what, hint: None });
         }
         let y = TensorDesc::new([inputs[0].shape.dims()[0], g.oh, g.ow, g.c], inputs[0].dtype);
@@ -326,6 +326,7 @@ impl Op for GlobalAvgPoolBackward {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::graph::{Role, Tape, backward};
 
     #[test]
     fn nan_wins_wherever_it_stands_in_the_window() {
@@ -338,5 +339,24 @@ mod tests {
             op.forward(geometry, &x, &mut y, None);
             assert!(y[0].is_nan() && y[1] == -1.0, "NaN at {position}: {y:?}");
         }
+    }
+    #[test]
+    fn a_byte_has_room_for_15_x_15_positions() {
+        let x = TensorDesc::new([1, 16, 16, 3], DType::F32);
+        let infer = |kernel, taken| MaxPool { kernel, stride: 1, padding: 0, taken }.infer(&[&x]);
+        assert_eq!(infer(15, true).unwrap()[1], TensorDesc::new([1, 2, 2, 3], DType::U8));
+        assert_eq!(infer(16, false).unwrap(), [TensorDesc::new([1, 1, 1, 3], DType::F32)]);
+        let message = infer(16, true).unwrap_err().to_string();
+        assert!(message.contains("the gradient of a max_pool of 16x16 windows, expected at most 15x15"), "{message}");
+    }
+
+    #[test]
+    fn what_is_not_written_cannot_be_differentiated() {
+        let mut tape = Tape::new();
+        let x = tape.leaf("x", TensorDesc::new([1, 4, 4, 2], DType::F32), Role::Input, true);
+        let y = tape.record_one(MaxPool { kernel: 2, stride: 2, padding: 0, taken: false }, &[x]).unwrap();
+        let d_y = tape.leaf("d_y", tape.desc(y).clone(), Role::Input, false);
+        let message = backward(&mut tape, &[(y, d_y)]).unwrap_err().to_string();
+        assert!(message.contains("a max_pool that does not write what it takes"), "{message}");
     }
 }
