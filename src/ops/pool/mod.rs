@@ -84,30 +84,24 @@ impl MaxPool {
         let x = &x[image * g.h * g.w * g.c..][..g.h * g.w * g.c];
         for (ox, y) in y.chunks_exact_mut(g.c).enumerate() {
             let mut taken = taken.as_mut().map(|taken| &mut taken[ox * g.c..][..g.c]);
+            y.fill(T::of(f64::NEG_INFINITY));
             let mut first = true;
             for (ky, iy) in self.window(oy, g.h) {
                 for (kx, ix) in self.window(ox, g.w) {
                     let x = &x[(iy * g.w + ix) * g.c..][..g.c];
-                    let position = (ky * self.kernel + kx) as u8;
-                    match (std::mem::take(&mut first), &mut taken) {
-                        (true, None) => y.copy_from_slice(x),
-                        (true, Some(taken)) => {
-                            y.copy_from_slice(x);
-                            taken.fill(position);
-                        }
-                        (false, None) => y.iter_mut().zip(x).for_each(|(y, x)| *y = if wins(*x, *y) { *x } else { *y }),
-                        (false, Some(taken)) => {
-                            for ((y, taken), x) in y.iter_mut().zip(taken.iter_mut()).zip(x) {
-                                let wins = wins(*x, *y);
-                                *taken = if wins { position } else { *taken };
-                                *y = if wins { *x } else { *y };
-                            }
+                    if let Some(taken) = &mut taken {
+                        let position = (ky * self.kernel + kx) as u8;
+                        match std::mem::take(&mut first) {
+                            true => taken.fill(position), // where all is -infinity nothing is greater
+                            false => mark(taken, position, x, y),
                         }
                     }
+                    y.iter_mut().zip(x).for_each(|(y, x)| *y = if wins(*x, *y) { *x } else { *y });
                 }
             }
             if let Some(taken) = taken {
-                taken.iter_mut().zip(y).for_each(|(taken, y)| *taken = if y.to_f64().is_nan() { NONE } else { *taken });
+                let nan = |y: T| u8::from(y.to_f64().is_nan()).wrapping_neg();
+                taken.iter_mut().zip(y).for_each(|(taken, y)| *taken |= NONE & nan(*y));
             }
         }
     }
@@ -116,6 +110,15 @@ impl MaxPool {
 /// Whether x takes the place of y, the maximum so far. NaN must win, and stay, or a diverged run would look healthy.
 fn wins<T: Real>(x: T, y: T) -> bool {
     !(x <= y || y.to_f64().is_nan())
+}
+
+/// Notes `position` where x takes the place of y. Without a branch, which would be guessed wrong, and in a loop of its own: in
+/// one with the maxima neither is vectorised.
+fn mark<T: Real>(taken: &mut [u8], position: u8, x: &[T], y: &[T]) {
+    for ((taken, x), y) in taken.iter_mut().zip(x).zip(y) {
+        let mask = u8::from(wins(*x, *y)).wrapping_neg();
+        *taken = position & mask | *taken & !mask;
+    }
 }
 
 /// Which position of each window the gradient goes to.
@@ -141,7 +144,7 @@ impl<'a> Taken<'a> {
                 let window = ((image * oh + oy) * ow + ox) * c;
                 let (d_y, taken) = (&d_y[window..][..c], &self.taken[window..][..c]);
                 for ((d_x, d_y), taken) in d_x.iter_mut().zip(d_y).zip(taken) {
-                    *d_x = if *taken == here { *d_x + *d_y } else { *d_x };
+                    *d_x += d_y.when(*taken == here);
                 }
             }
         }
