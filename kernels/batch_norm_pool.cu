@@ -7,10 +7,11 @@
 //   apply               read x, write y, taken        1.37
 //   backward reduce     read x, d_y, taken            1.37
 //   backward apply      the same, write d_x           2.37
-// where the separate ops take 1 + 2, 1.25, 2.5 and 2 + 3. The gradient at the output of the batch norm is gathered twice, a
+// where the separate ops take 1 + 2, 1.37, 1.37 and 2 + 3. The gradient at the output of the batch norm is gathered twice, a
 // thread for two by two pixels: the windows over them are the same four, of which the caches answer all but one.
 #include "batch_norm.cuh"
 #include "positions.cuh"
+#include "windows.cuh"
 
 // Sizes of x and of y, which has oh x ow positions.
 struct StemPooling {
@@ -19,13 +20,11 @@ struct StemPooling {
     int32_t h, w, c, oh, ow;
 };
 
-constexpr int SIZE = 3, STRIDE = 2, PADDING = 1;
 constexpr int SIDE_BY_SIDE = 2; // results of a thread: their windows share a column
 constexpr int COLUMNS = SIZE + STRIDE * (SIDE_BY_SIDE - 1);
-constexpr uint8_t NONE = 255; // no position of the window is greater than 0
 
 // y = the maximum of each window of relu((x - mean) scale + beta), rounded as if it had been written; taken = the first
-// position of it, counted row by row, or NONE.
+// position of it, counted row by row, or NONE where nothing is greater than 0.
 template <int N, class T>
 __device__ __forceinline__ void apply_max_pool(const T* __restrict__ x, const float* __restrict__ mean,
                                                const float* __restrict__ scale, const float* __restrict__ beta,
@@ -82,85 +81,15 @@ __device__ __forceinline__ void apply_max_pool(const T* __restrict__ x, const fl
     });
 }
 
-// Two by two pixels of x, and N channels of them: the least that whole windows can be said to lie over. The window (r, s) of four
-// begins 2 r - 1 rows below and 2 s - 1 columns right of the first pixel, so which of its positions a pixel is at is known when
-// this is compiled.
-template <int N> struct Quad {
-    int64_t image;
-    int row, column; // of its first pixel
-    int channel;
-
-    // There are less than 2^31 quads.
-    __device__ __forceinline__ Quad(int64_t number, int channel, const StemPooling& p) : channel(channel) {
-        const unsigned of_image = unsigned(p.oh) * unsigned(p.ow), of_all = unsigned(number);
-        const unsigned images = of_all / of_image, rest = of_all - images * of_image, down = rest / unsigned(p.ow);
-        image = images;
-        row = int(down) * STRIDE;
-        column = int(rest - down * unsigned(p.ow)) * STRIDE;
-    }
-
-    __device__ __forceinline__ bool has(int i, int j, const StemPooling& p) const { return row + i < p.h && column + j < p.w; }
-
-    // The first element of a pixel.
-    __device__ __forceinline__ int64_t element(int i, int j, const StemPooling& p) const {
-        return image * (int64_t{p.h} * p.w * p.c) + ((row + i) * p.w + column + j) * p.c + channel;
-    }
-
-    // x in row i; 0 outside.
-    template <class T>
-    __device__ __forceinline__ void load_pixels(float (&v)[2][N], const T* x, int i, const StemPooling& p) const {
+// The gradient at the output of the batch norm in row i of a quad, rounded as if it had been written.
+template <int N, class T>
+__device__ __forceinline__ void gather_rounded(float (&g)[2][N], const QuadWindows<N, T>& windows, int i) {
+    windows.gather(g, i);
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < 2; ++j)
 #pragma unroll
-            for (int k = 0; k < N; ++k) v[j][k] = 0.0f;
-            if (has(i, j, p)) load(v[j], x + element(i, j, p));
-        }
-    }
-};
-
-// The four windows over a quad: their gradients, and the positions that took them. As they lie in memory: they stay in registers
-// while both rows of the quad are worked on.
-template <int N, class T> struct QuadWindows {
-    Pack<T, N> gradient[2][2];
-    Pack<uint8_t, N> taken[2][2];
-
-    __device__ __forceinline__ QuadWindows(const Quad<N>& quad, const T* __restrict__ d_y, const uint8_t* __restrict__ taken_by,
-                                           const StemPooling& p) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-#pragma unroll
-            for (int s = 0; s < 2; ++s) {
-                const int oy = quad.row / STRIDE + r, ox = quad.column / STRIDE + s;
-                gradient[r][s] = {};
-#pragma unroll
-                for (int k = 0; k < N; ++k) taken[r][s].element[k] = NONE;
-                if (oy >= p.oh || ox >= p.ow) continue;
-                const int64_t from = quad.image * (int64_t{p.oh} * p.ow * p.c) + (oy * p.ow + ox) * p.c + quad.channel;
-                gradient[r][s] = *reinterpret_cast<const Pack<T, N>*>(d_y + from);
-                taken[r][s] = *reinterpret_cast<const Pack<uint8_t, N>*>(taken_by + from);
-            }
-    }
-
-    // The gradient at the output of the batch norm in row i: of each pixel that of the windows that took it, rounded as if it
-    // had been written. 0 outside.
-    __device__ __forceinline__ void gather(float (&g)[2][N], int i) const {
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-#pragma unroll
-            for (int k = 0; k < N; ++k) {
-                float sum = 0.0f;
-#pragma unroll
-                for (int r = 0; r < 2; ++r)
-#pragma unroll
-                    for (int s = 0; s < 2; ++s) {
-                        const int ky = i + PADDING - STRIDE * r, kx = j + PADDING - STRIDE * s;
-                        if (ky < 0 || kx < 0) continue; // the window begins behind the pixel
-                        sum += taken[r][s].element[k] == ky * SIZE + kx ? to_float(gradient[r][s].element[k]) : 0.0f;
-                    }
-                g[j][k] = to_float(from_float<T>(sum));
-            }
-    }
-};
+        for (int k = 0; k < N; ++k) g[j][k] = to_float(from_float<T>(g[j][k]));
+}
 
 // Partial sums of g and of g (x - mean), with g as gathered. Grid: one block per tile, whose rows are quads.
 template <int N, class T>
@@ -171,13 +100,13 @@ __device__ __forceinline__ void reduce(const T* __restrict__ d_y, const uint8_t*
     float m[N] = {}, sums[2][N] = {};
     if (tile.inside) load(m, mean + tile.group * tiles.channels + tile.channel);
     for_numbered_rows<1>(tile, [&](int64_t number, int64_t, auto) {
-        const Quad<N> quad(number, tile.channel, p);
+        const auto quad = Quad<N>::numbered(number, tile.channel, p);
         const QuadWindows<N, T> windows(quad, d_y, taken, p);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             float g[2][N], v[2][N];
             quad.load_pixels(v, x, i, p);
-            windows.gather(g, i);
+            gather_rounded(g, windows, i);
 #pragma unroll
             for (int k = 0; k < N; ++k) {
                 sums[0][k] += g[0][k] + g[1][k];
@@ -205,13 +134,13 @@ __device__ __forceinline__ void backward(const T* __restrict__ d_y, const uint8_
     load(offset, coefficients + all + of_group);
     load(slope, coefficients + 2 * all + of_group);
     for_numbered_rows<1>(tile, [&](int64_t number, int64_t, auto) {
-        const Quad<N> quad(number, tile.channel, p);
+        const auto quad = Quad<N>::numbered(number, tile.channel, p);
         const QuadWindows<N, T> windows(quad, d_y, taken, p);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             float g[2][N], v[2][N];
             quad.load_pixels(v, x, i, p);
-            windows.gather(g, i);
+            gather_rounded(g, windows, i);
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 if (!quad.has(i, j, p)) continue;

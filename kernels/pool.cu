@@ -1,13 +1,16 @@
 // Max pooling and global average pooling over NHWC, and their gradients.
 //
-// Traffic through device memory, in elements per element of x (the larger tensor); windows overlap, but in the cache:
-//   max pool, 3x3 with stride 2   read x, write y                     1.25
-//   its gradient                  read x, y and d_y, write d_x        2.5
+// Traffic through device memory, in elements per element of x (the larger tensor; 2 bytes each in bf16); windows overlap, but
+// in the cache:
+//   max pool, 3x3 with stride 2   read x, write y, taken              1.37
+//   its gradient                  read d_y, taken, write d_x          1.37
 //   global average pool           read x                              1
 //   its gradient                  write d_x                           1
-// and one more for a gradient that is added to what is there.
+// and one more for a gradient that is added to what is there. `taken` is a byte for each element of y: which position of its
+// window the gradient goes to. Where no gradient is to come it is not written.
 #include "positions.cuh"
 #include "rows.cuh"
+#include "windows.cuh"
 #include "words.cuh"
 
 struct Pooling {
@@ -17,28 +20,32 @@ struct Pooling {
 };
 
 // The geometry as compile-time constants, for what is fast when unrolled, or as it comes.
-template <int KERNEL_SIZE, int STRIDE, int PADDING> struct Fixed {
-    static constexpr int kernel = KERNEL_SIZE, stride = STRIDE, padding = PADDING;
-    __device__ __forceinline__ explicit Fixed(const Pooling&) {}
+struct ResNetStem {
+    static constexpr int kernel = SIZE, stride = STRIDE, padding = PADDING;
+    __device__ __forceinline__ explicit ResNetStem(const Pooling&) {}
 };
 struct Any {
     const int kernel, stride, padding;
     __device__ __forceinline__ explicit Any(const Pooling& p) : kernel(p.kernel), stride(p.stride), padding(p.padding) {}
 };
-typedef Fixed<3, 2, 1> ResNetStem;
-__device__ __forceinline__ bool is_resnet_stem(const Pooling& p) { return p.kernel == 3 && p.stride == 2 && p.padding == 1; }
+__device__ __forceinline__ bool is_resnet_stem(const Pooling& p) {
+    return p.kernel == SIZE && p.stride == STRIDE && p.padding == PADDING;
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Max pooling.
 
-// y = the maximum of each window; padding never wins, NaN always does.
+// y = the maximum of each window; padding never wins, NaN always does. taken, if it is wanted: the first position of the
+// maximum, counted row by row, or NONE where it is NaN.
 template <int N, class G, class T>
-__device__ __forceinline__ void max_pool(const T* __restrict__ x, T* __restrict__ y, const Pooling& p) {
+__device__ __forceinline__ void max_pool(const T* __restrict__ x, T* __restrict__ y, uint8_t* __restrict__ taken, const Pooling& p) {
     const G g(p);
     for_each_position<N>(p.images, p.oh, p.ow, p.c, [&](int64_t image, int oy, int ox, int channel) {
         const T* const of_image = x + image * (p.h * p.w * p.c) + channel;
         const int top = oy * g.stride - g.padding, left = ox * g.stride - g.padding;
+        // Where all is -infinity nothing is greater than that: it is the first position inside.
         Words<T, N> best = filled_words<N, T>(-INFINITY);
+        Words<T, N> first = whole_words<N, T>(max(-top, 0) * g.kernel + max(-left, 0));
 #pragma unroll
         for (int ky = 0; ky < g.kernel; ++ky)
 #pragma unroll
@@ -46,141 +53,62 @@ __device__ __forceinline__ void max_pool(const T* __restrict__ x, T* __restrict_
                 const int iy = top + ky, ix = left + kx;
                 if (iy < 0 || iy >= p.h || ix < 0 || ix >= p.w) continue;
                 const Words<T, N> v = load_words<N>(of_image + (iy * p.w + ix) * p.c);
+                const Words<T, N> here = whole_words<N, T>(ky * g.kernel + kx);
 #pragma unroll
-                for (int i = 0; i < v.COUNT; ++i) best.word[i] = max_words<T>(best.word[i], v.word[i]);
+                for (int i = 0; i < v.COUNT; ++i) {
+                    const uint32_t greater = greater_mask<T>(v.word[i], best.word[i]);
+                    first.word[i] = (here.word[i] & greater) | (first.word[i] & ~greater);
+                    best.word[i] = max_words<T>(best.word[i], v.word[i]);
+                }
             }
-        store_words(y + image * (p.oh * p.ow * p.c) + (oy * p.ow + ox) * p.c + channel, best);
+        const int64_t to = image * (p.oh * p.ow * p.c) + (oy * p.ow + ox) * p.c + channel;
+        store_words(y + to, best);
+        if (taken == nullptr) return;
+#pragma unroll
+        for (int i = 0; i < best.COUNT; ++i) first.word[i] |= ~equal_mask<T>(best.word[i], best.word[i]);
+        *reinterpret_cast<Pack<uint8_t, N>*>(taken + to) = low_bytes(first);
     });
 }
 
-// d_x of any geometry, as a gather: each position of x adds d_y of the windows whose first maximum, in row-major order, it is.
-// Where y is NaN nobody takes the gradient.
+// d_x of any geometry, as a gather: each position of x adds d_y of the windows that took it.
 template <int N, class T>
-__device__ __forceinline__ void max_pool_backward(const T* __restrict__ d_y, const T* __restrict__ x, const T* __restrict__ y,
-                                                  T* d_x, bool accumulate, const Pooling& p) {
+__device__ __forceinline__ void max_pool_backward(const T* __restrict__ d_y, const uint8_t* __restrict__ taken, T* d_x,
+                                                  bool accumulate, const Pooling& p) {
     const int kernel = p.kernel, stride = p.stride, padding = p.padding;
     for_each_position<N>(p.images, p.h, p.w, p.c, [&](int64_t image, int iy, int ix, int channel) {
-        const int64_t x_image = image * (p.h * p.w * p.c) + channel, y_image = image * (p.oh * p.ow * p.c) + channel;
-        const int here = (iy * p.w + ix) * p.c;
+        const int64_t y_image = image * (p.oh * p.ow * p.c) + channel;
         const auto first_window = [=](int i) { return i + padding < kernel ? 0 : (i + padding - kernel) / stride + 1; };
         const auto last_window = [=](int i, int windows) { return min((i + padding) / stride, windows - 1); };
-        float own[N], sum[N] = {};
-        load(own, x + x_image + here);
+        float sum[N] = {};
         for (int oy = first_window(iy); oy <= last_window(iy, p.oh); ++oy)
             for (int ox = first_window(ix); ox <= last_window(ix, p.ow); ++ox) {
                 const int64_t window = y_image + (oy * p.ow + ox) * p.c;
-                const int top = max(oy * stride - padding, 0), left = max(ox * stride - padding, 0);
-                const int right = min(ox * stride - padding + kernel, p.w);
-                float gradient[N], maximum[N];
-                bool first[N];
+                const int here = (iy + padding - oy * stride) * kernel + ix + padding - ox * stride;
+                const auto positions = *reinterpret_cast<const Pack<uint8_t, N>*>(taken + window);
+                float gradient[N];
                 load(gradient, d_y + window);
-                load(maximum, y + window);
 #pragma unroll
-                for (int k = 0; k < N; ++k) first[k] = own[k] == maximum[k];
-                for (int ey = top; ey <= iy; ++ey)
-                    for (int ex = left; ex < (ey < iy ? right : ix); ++ex) {
-                        float earlier[N];
-                        load(earlier, x + x_image + (ey * p.w + ex) * p.c);
-#pragma unroll
-                        for (int k = 0; k < N; ++k) first[k] = first[k] && earlier[k] != maximum[k];
-                    }
-#pragma unroll
-                for (int k = 0; k < N; ++k) sum[k] += first[k] ? gradient[k] : 0.0f;
+                for (int k = 0; k < N; ++k) sum[k] += positions.element[k] == here ? gradient[k] : 0.0f;
             }
-        store_or_add(d_x + x_image + here, sum, accumulate);
+        store_or_add(d_x + image * (p.h * p.w * p.c) + (iy * p.w + ix) * p.c + channel, sum, accumulate);
     });
 }
 
-// The same for one geometry G, where each thread takes STRIDE x STRIDE positions of x: the windows over them and the part of
-// x that decides who is first are read into registers once. For 3x3, stride 2, padding 1: 13 packs of x and 4 windows for 4
-// positions, where the gather above reads 48 packs.
-template <int N, class G, class T>
-__device__ __forceinline__ void max_pool_backward_tiled(const T* __restrict__ d_y, const T* __restrict__ x,
-                                                        const T* __restrict__ y, T* d_x, bool accumulate, const Pooling& p) {
-    constexpr int KERNEL_SIZE = G::kernel, STRIDE = G::stride, PADDING = G::padding;
-    // The windows over positions STRIDE a ... STRIDE (a + 1) - 1 are a + FIRST ... a + LAST.
-    constexpr int FIRST = -((KERNEL_SIZE - 1 - PADDING) / STRIDE), LAST = (STRIDE - 1 + PADDING) / STRIDE;
-    constexpr int WINDOWS = LAST - FIRST + 1;
-    // Their part of x: from BEFORE positions before the own ones to the last own row and to the last column of a window.
-    constexpr int BEFORE = PADDING - STRIDE * FIRST;
-    constexpr int ROWS = BEFORE + STRIDE, COLUMNS = BEFORE + STRIDE * LAST - PADDING + KERNEL_SIZE;
-    constexpr int PER_WORD = Words<T, N>::PER_WORD;
-
-    const int down = (p.h + STRIDE - 1) / STRIDE, across = (p.w + STRIDE - 1) / STRIDE;
-    for_each_position<N>(p.images, down, across, p.c, [&](int64_t image, int a, int b, int channel) {
-        const int64_t x_image = image * (p.h * p.w * p.c) + channel, y_image = image * (p.oh * p.ow * p.c) + channel;
-
-        Words<T, N> part[ROWS][COLUMNS];
+// The same for the ResNet stem, a thread for two by two positions: 4 windows are read for them, where the gather above reads 9.
+template <int N, class T>
+__device__ __forceinline__ void stem_max_pool_backward(const T* __restrict__ d_y, const uint8_t* __restrict__ taken, T* d_x,
+                                                       bool accumulate, const Pooling& p) {
+    for_each_position<N>(p.images, p.oh, p.ow, p.c, [&](int64_t image, int down, int across, int channel) {
+        const Quad<N> quad(image, down, across, channel);
+        const QuadWindows<N, T> windows(quad, d_y, taken, p);
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r)
+        for (int i = 0; i < 2; ++i) {
+            float sums[2][N];
+            windows.gather(sums, i);
 #pragma unroll
-            for (int s = 0; s < COLUMNS; ++s) {
-                const int iy = a * STRIDE - BEFORE + r, ix = b * STRIDE - BEFORE + s;
-                part[r][s] = filled_words<N, T>(NAN); // equals nothing
-                if (iy < 0 || iy >= p.h || ix < 0 || ix >= p.w) continue;
-                part[r][s] = load_words<N>(x + x_image + (iy * p.w + ix) * p.c);
-            }
-        Words<T, N> gradient[WINDOWS][WINDOWS] = {}, maximum[WINDOWS][WINDOWS] = {};
-#pragma unroll
-        for (int r = 0; r < WINDOWS; ++r)
-#pragma unroll
-            for (int s = 0; s < WINDOWS; ++s) {
-                const int oy = a + FIRST + r, ox = b + FIRST + s;
-                if (oy < 0 || oy >= p.oh || ox < 0 || ox >= p.ow) continue;
-                const int64_t window = y_image + (oy * p.ow + ox) * p.c;
-                gradient[r][s] = load_words<N>(d_y + window);
-                maximum[r][s] = load_words<N>(y + window);
-            }
-        Words<T, N> own[STRIDE][STRIDE] = {}; // what is there, then the result
-#pragma unroll
-        for (int r = 0; r < STRIDE; ++r)
-#pragma unroll
-            for (int s = 0; s < STRIDE; ++s) {
-                const int iy = a * STRIDE + r, ix = b * STRIDE + s;
-                if (accumulate && iy < p.h && ix < p.w) own[r][s] = load_words<N>(d_x + x_image + (iy * p.w + ix) * p.c);
-            }
-
-#pragma unroll
-        for (int i = 0; i < Words<T, N>::COUNT; ++i) {
-            float sum[STRIDE][STRIDE][PER_WORD] = {};
-#pragma unroll
-            for (int window = 0; window < WINDOWS * WINDOWS; ++window) {
-                const int wy = window / WINDOWS, wx = window % WINDOWS;
-                uint32_t found = 0;
-#pragma unroll
-                for (int position = 0; position < KERNEL_SIZE * KERNEL_SIZE; ++position) {
-                    // Counted from the first own position.
-                    const int row = (wy + FIRST) * STRIDE - PADDING + position / KERNEL_SIZE;
-                    const int column = (wx + FIRST) * STRIDE - PADDING + position % KERNEL_SIZE;
-                    if (row >= STRIDE) continue; // comes after the own ones
-                    const uint32_t equal =
-                        equal_mask<T>(part[row + BEFORE][column + BEFORE].word[i], maximum[wy][wx].word[i]);
-                    if (row >= 0 && column >= 0 && column < STRIDE) {
-                        float share[PER_WORD];
-                        unpack<T>(share, gradient[wy][wx].word[i] & equal & ~found);
-#pragma unroll
-                        for (int k = 0; k < PER_WORD; ++k) sum[row][column][k] += share[k];
-                    }
-                    found |= equal;
-                }
-            }
-#pragma unroll
-            for (int cell = 0; cell < STRIDE * STRIDE; ++cell) {
-                uint32_t& word = own[cell / STRIDE][cell % STRIDE].word[i];
-                float total[PER_WORD];
-                unpack<T>(total, word);
-#pragma unroll
-                for (int k = 0; k < PER_WORD; ++k) total[k] += sum[cell / STRIDE][cell % STRIDE][k];
-                word = pack_word<T>(total);
-            }
+            for (int j = 0; j < 2; ++j)
+                if (quad.has(i, j, p)) store_or_add(d_x + quad.element(i, j, p), sums[j], accumulate);
         }
-#pragma unroll
-        for (int r = 0; r < STRIDE; ++r)
-#pragma unroll
-            for (int s = 0; s < STRIDE; ++s) {
-                const int iy = a * STRIDE + r, ix = b * STRIDE + s;
-                if (iy < p.h && ix < p.w) store_words(d_x + x_image + (iy * p.w + ix) * p.c, own[r][s]);
-            }
     });
 }
 
@@ -236,22 +164,22 @@ __device__ __forceinline__ void global_avg_pool_backward(const T* __restrict__ d
 // ---------------------------------------------------------------------------------------------------------------------
 
 #define INSTANTIATE(T, S)                                                                                                   \
-    KERNEL(256) max_pool_##S(const T* x, T* y, Pooling p) {                                                                 \
+    KERNEL_RESIDENT(256, 4) max_pool_##S(const T* x, T* y, uint8_t* taken, Pooling p) {                                     \
         with_width<T>(p.c, [&](auto n) {                                                                                    \
             if (is_resnet_stem(p)) {                                                                                        \
-                max_pool<decltype(n)::value, ResNetStem>(x, y, p);                                                          \
+                max_pool<decltype(n)::value, ResNetStem>(x, y, taken, p);                                                   \
             } else {                                                                                                        \
-                max_pool<decltype(n)::value, Any>(x, y, p);                                                                 \
+                max_pool<decltype(n)::value, Any>(x, y, taken, p);                                                          \
             }                                                                                                               \
         });                                                                                                                 \
     }                                                                                                                       \
     EXPORT(max_pool_##S)                                                                                                    \
-    KERNEL_RESIDENT(128, 2) max_pool_backward_##S(const T* d_y, const T* x, const T* y, T* d_x, int32_t accumulate, Pooling p) {     \
+    KERNEL_RESIDENT(128, 4) max_pool_backward_##S(const T* d_y, const uint8_t* taken, T* d_x, int32_t accumulate, Pooling p) {\
         with_width<T>(p.c, [&](auto n) {                                                                                    \
             if (is_resnet_stem(p)) {                                                                                        \
-                max_pool_backward_tiled<decltype(n)::value, ResNetStem>(d_y, x, y, d_x, accumulate != 0, p);                \
+                stem_max_pool_backward<decltype(n)::value>(d_y, taken, d_x, accumulate != 0, p);                            \
             } else {                                                                                                        \
-                max_pool_backward<decltype(n)::value>(d_y, x, y, d_x, accumulate != 0, p);                                  \
+                max_pool_backward<decltype(n)::value>(d_y, taken, d_x, accumulate != 0, p);                                 \
             }                                                                                                               \
         });                                                                                                                 \
     }                                                                                                                       \

@@ -49,6 +49,23 @@ template <int N, class T> __device__ __forceinline__ Words<T, N> filled_words(fl
     return words;
 }
 
+// Whole numbers in the elements' places.
+template <int N, class T> __device__ __forceinline__ Words<T, N> whole_words(uint32_t value) {
+    Words<T, N> words;
+#pragma unroll
+    for (uint32_t& word : words.word) word = N > 1 && sizeof(T) == 2 ? value << 16 | value : value;
+    return words;
+}
+
+// The lowest byte of each element.
+template <class T, int N> __device__ __forceinline__ Pack<uint8_t, N> low_bytes(const Words<T, N>& words) {
+    constexpr int PER_WORD = Words<T, N>::PER_WORD;
+    Pack<uint8_t, N> bytes;
+#pragma unroll
+    for (int k = 0; k < N; ++k) bytes.element[k] = uint8_t(words.word[k / PER_WORD] >> k % PER_WORD * (32 / PER_WORD));
+    return bytes;
+}
+
 template <class T> struct PairOf;
 template <> struct PairOf<bf16> {
     typedef __nv_bfloat162 Type;
@@ -57,24 +74,6 @@ template <> struct PairOf<f16> {
     typedef __half2 Type;
 };
 
-// The elements of one word, as floats and back. The float of a bf16 is its bits with zeros behind them: one instruction.
-template <class T> __device__ __forceinline__ void unpack(float (&to)[4 / sizeof(T)], uint32_t word) {
-    if constexpr (sizeof(T) == 4) {
-        to[0] = __uint_as_float(word);
-    } else {
-        const auto pair = bits_as<typename PairOf<T>::Type>(word);
-        to[0] = to_float(pair.x);
-        to[1] = to_float(pair.y);
-    }
-}
-template <class T> __device__ __forceinline__ uint32_t pack_word(const float (&from)[4 / sizeof(T)]) {
-    if constexpr (sizeof(T) == 4) {
-        return __float_as_uint(from[0]);
-    } else {
-        return uint32_t{word_of(from_float<T>(from[1]))} << 16 | word_of(from_float<T>(from[0]));
-    }
-}
-
 // All bits set where two elements are equal as numbers; NaN equals nothing.
 template <class T> __device__ __forceinline__ uint32_t equal_mask(uint32_t a, uint32_t b) {
     if constexpr (sizeof(T) == 4) {
@@ -82,6 +81,16 @@ template <class T> __device__ __forceinline__ uint32_t equal_mask(uint32_t a, ui
     } else {
         typedef typename PairOf<T>::Type Pair;
         return __heq2_mask(bits_as<Pair>(a), bits_as<Pair>(b));
+    }
+}
+
+// All bits set where the first of two elements is the greater one as a number; NaN never is.
+template <class T> __device__ __forceinline__ uint32_t greater_mask(uint32_t a, uint32_t b) {
+    if constexpr (sizeof(T) == 4) {
+        return __uint_as_float(a) > __uint_as_float(b) ? 0xffffffffu : 0u;
+    } else {
+        typedef typename PairOf<T>::Type Pair;
+        return __hgt2_mask(bits_as<Pair>(a), bits_as<Pair>(b));
     }
 }
 

@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
-use simsiam_engine::graph::Role;
+use simsiam_engine::graph::{Role, Tape};
+use simsiam_engine::nn::builder::{Builder, Mode};
 use simsiam_engine::nn::heads::{HeadNorm, Heads, OutBias, PredictorKind};
 use simsiam_engine::nn::resnet::{Arch, ResNet, Stem};
 use simsiam_engine::nn::simsiam::{SimSiam, TrainGraph};
 use simsiam_engine::ops::similarity::Kind;
-use simsiam_engine::tensor::DType;
+use simsiam_engine::tensor::{DType, TensorDesc};
 
 /// The model with the reference's heads.
 fn simsiam(arch: Arch) -> SimSiam {
@@ -70,5 +71,24 @@ fn backbones_are_torchvisions() {
         let mut expected: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
         expected.sort();
         assert_eq!(tensors, expected, "{name}");
+    }
+}
+
+#[test]
+fn what_a_pooling_took_is_written_where_a_gradient_reads_it() {
+    let outputs = |tape: &Tape| {
+        let pools = tape.nodes().iter().filter(|node| node.op.name() == "max_pool");
+        pools.map(|node| node.outputs.len()).collect::<Vec<_>>()
+    };
+    let model = simsiam(Arch::Resnet18);
+    assert_eq!(outputs(&graph(&model).tape), [2]);
+    assert_eq!(outputs(&model.eval_graph(2, 32, DType::F32, true).unwrap().tape), [1]);
+    // A stem that is trained, and one that is not in a network that is.
+    for (frozen, expected) in [(0, 2), (1, 1), (3, 1)] {
+        let mut tape = Tape::new();
+        let images = tape.leaf("images", TensorDesc::new([2, 32, 32, 3], DType::F32), Role::Input, false);
+        let mut b = Builder::new(&mut tape, Mode::Train { groups: 1 }, DType::F32);
+        model.backbone.record_frozen(&mut b, "", images, frozen).unwrap();
+        assert_eq!(outputs(&tape), [expected], "{frozen} frozen layers");
     }
 }

@@ -77,12 +77,12 @@ fn consumers(channels: usize, groups: usize) -> (Tape, Vec<ValueId>) {
     let inputs = [x, gamma, beta, residual, of_r[0], of_r[1], gamma_r, beta_r];
     outputs.push(tape.record_updating(BatchNormPair::new(groups, 1e-5, 0.1, false), &inputs, &updates).unwrap()[0]);
     for (kernel, stride, padding) in [(3, 2, 1), (4, 3, 2)] {
-        outputs.push(tape.record_one(MaxPool { kernel, stride, padding }, &[x]).unwrap());
+        outputs.push(tape.record_one(MaxPool { kernel, stride, padding, taken: true }, &[x]).unwrap());
     }
     outputs.push(tape.record_one(GlobalAvgPool, &[x]).unwrap());
-    outputs.push(tape.record_one(MaxPool { kernel: 2, stride: 2, padding: 0 }, &[residual]).unwrap());
+    outputs.push(tape.record_one(MaxPool { kernel: 2, stride: 2, padding: 0, taken: true }, &[residual]).unwrap());
     // Walked backwards, this one comes first and overwrites; the ones above add.
-    outputs.push(tape.record_one(MaxPool { kernel: 3, stride: 1, padding: 1 }, &[x]).unwrap());
+    outputs.push(tape.record_one(MaxPool { kernel: 3, stride: 1, padding: 1, taken: true }, &[x]).unwrap());
 
     let seeds: Vec<(ValueId, ValueId)> = outputs
         .iter()
@@ -116,36 +116,74 @@ fn gradients_of_several_consumers_add_up() {
     }
 }
 
+/// Checks by search what was taken of `x`, `[n][h][w][c]`: the first position of each window whose value is that of y, or 255
+/// where y is NaN.
+fn assert_first_maxima(
+    pool: MaxPool,
+    [n, h, w, c]: [usize; 4],
+    x: &[f64],
+    y: &TensorDesc,
+    [values, taken]: [&[f64]; 2],
+) {
+    let [oh, ow] = [y.shape.dims()[1], y.shape.dims()[2]];
+    for element in 0..n * oh * ow * c {
+        let (image, oy, ox, channel) =
+            (element / (oh * ow * c), element / (ow * c) % oh, element / c % ow, element % c);
+        let at = |position: usize| {
+            let pixel = |o: usize, within: usize, size: usize| {
+                (o * pool.stride + within).checked_sub(pool.padding).filter(|&i| i < size)
+            };
+            let (iy, ix) = (pixel(oy, position / pool.kernel, h)?, pixel(ox, position % pool.kernel, w)?);
+            Some(x[((image * h + iy) * w + ix) * c + channel])
+        };
+        let first = (0..pool.kernel * pool.kernel).find(|&position| at(position) == Some(values[element]));
+        assert_eq!(taken[element], first.unwrap_or(255) as f64, "element {element} of {y} by {pool:?}");
+    }
+}
+
 #[test]
 fn nan_wins_a_max_pool_and_takes_no_gradient() {
     for dtype in [DType::F32, DType::Bf16, DType::F16] {
-        for (channels, kernel, stride, padding) in [(8, 3, 2, 1), (3, 3, 2, 1), (8, 2, 1, 0), (5, 4, 2, 1)] {
+        for (channels, kernel, stride, padding) in
+            [(8, 3, 2, 1), (3, 3, 2, 1), (8, 2, 1, 0), (5, 4, 2, 1), (4, 3, 1, 1), (16, 7, 3, 3)]
+        {
+            let pool = MaxPool { kernel, stride, padding, taken: true };
             let pooled = |device: &Device, dtype: DType| {
                 let mut tape = Tape::new();
                 let x = tape.leaf("x", TensorDesc::new([2, 9, 8, channels], dtype), Role::Input, true);
-                let y = tape.record_one(MaxPool { kernel, stride, padding }, &[x]).unwrap();
-                tape.keep(y);
+                let [y, taken] = tape.record(pool, &[x]).unwrap()[..] else { panic!("two outputs") };
+                let alone = tape.record_one(MaxPool { taken: false, ..pool }, &[x]).unwrap();
+                for value in [y, taken, alone] {
+                    tape.keep(value);
+                }
                 let desc = tape.desc(y).clone();
                 let d_y = tape.leaf("d_y", desc.clone(), Role::Input, false);
                 let d_x = backward(&mut tape, &[(y, d_y)]).unwrap()[&x];
                 tape.keep(d_x);
                 let mut exec = device.poisoned_executor(tape).unwrap();
-                // Whole numbers with many ties, exact in every type; about one in nine is NaN.
+                // Whole numbers with many ties, exact in every type; about one in nine is NaN. Four rows are -infinity.
                 let mut stream = Stream::new(17, 3, 0);
                 let mut values = |n: usize, nan: u32| -> Vec<f32> {
                     let value = |word: u32| if word % 9 < nan { f32::NAN } else { (word >> 8 & 7) as f32 - 3.0 };
                     (0..n).map(|_| value(stream.word())).collect()
                 };
-                exec.write(x, &encode(&values(2 * 9 * 8 * channels, 1), dtype)).unwrap();
+                let mut image = values(2 * 9 * 8 * channels, 1);
+                image[9 * 8 * channels..][..4 * 8 * channels].fill(f32::NEG_INFINITY);
+                exec.write(x, &encode(&image, dtype)).unwrap();
                 exec.write(d_y, &encode(&values(desc.shape.len(), 0), dtype)).unwrap();
                 exec.run_step().unwrap();
-                [y, d_x].map(|value| exec.read(value).unwrap().to_f64())
+                let results = [y, d_x, taken, alone].map(|value| exec.read(value).unwrap().to_f64());
+                let image: Vec<f64> = image.into_iter().map(f64::from).collect();
+                assert_first_maxima(pool, [2, 9, 8, channels], &image, &desc, [&results[0], &results[2]]);
+                results
             };
             let (expected, got) = (pooled(&cpu(), DType::F32), pooled(&emulated(2), dtype));
-            for (what, expected, got) in [("y", &expected[0], &got[0]), ("d_x", &expected[1], &got[1])] {
-                let same = expected.iter().zip(got).all(|(e, g)| e == g || e.is_nan() && g.is_nan());
-                assert!(same, "{what} of {kernel}x{kernel} over {channels} channels in {dtype}");
+            for (i, what) in ["y", "d_x", "taken", "y alone"].into_iter().enumerate() {
+                let same = |(e, g): (&f64, &f64)| e == g || e.is_nan() && g.is_nan();
+                let both = expected[i].iter().zip(&got[i]);
+                assert!(both.clone().all(same), "{what} of {kernel}x{kernel} over {channels} channels in {dtype}");
             }
+            assert!(expected[0].iter().zip(&expected[3]).all(|(y, alone)| y == alone || y.is_nan() && alone.is_nan()));
             let nans = expected[0].iter().filter(|v| v.is_nan()).count();
             assert!(nans > 0 && nans < expected[0].len() && expected[1].iter().all(|v| !v.is_nan()));
         }
@@ -181,7 +219,7 @@ fn stem(fused: bool, [n, h, w, channels]: [usize; 4], groups: usize, dtype: DTyp
             let fusion = Fusion { affine: true, residual: false, relu: true };
             let norm = BatchNorm { groups, eps: 1e-5, momentum: 0.1, fusion, sums_given: false, means: false };
             let y = tape.record_updating(norm, &inputs, &updates).unwrap()[0];
-            tape.record_one(MaxPool { kernel: 3, stride: 2, padding: 1 }, &[y]).unwrap()
+            tape.record_one(MaxPool { kernel: 3, stride: 2, padding: 1, taken: true }, &[y]).unwrap()
         }
     };
     // Recorded last, it is the first on the way back: the batch norm adds to its d_x.

@@ -320,7 +320,8 @@ impl<'t> Builder<'t> {
 
     fn batch_norm_then_max_pool(&mut self, [norm, pool]: [&str; 2], x: ValueId) -> Result<ValueId> {
         let x = self.batch_norm(norm, x, Norm::RELU)?;
-        let op = MaxPool { kernel: 3, stride: 2, padding: 1 };
+        let taken = matches!(self.mode, Mode::Train { .. });
+        let op = MaxPool { kernel: 3, stride: 2, padding: 1, taken };
         self.tape.scoped(pool, |tape| tape.record_one(op, &[x]))
     }
 

@@ -228,7 +228,9 @@ impl Replay<'_> {
                 self.op(BatchNormEval { eps, fusion: Fusion { affine, residual, relu } }, &names, &["y"])
             }
             OpCase::Relu => self.op(Relu, &["x"], &["y"]),
-            OpCase::MaxPool { kernel, stride, padding } => self.op(MaxPool { kernel, stride, padding }, &["x"], &["y"]),
+            OpCase::MaxPool { kernel, stride, padding } => {
+                self.op(MaxPool { kernel, stride, padding, taken: true }, &["x"], &["y"])
+            }
             OpCase::GlobalAvgPool => self.op(GlobalAvgPool, &["x"], &["y"]),
             OpCase::Linear { bias } => self.op(Linear, if bias { &["x", "w", "b"] } else { &["x", "w"] }, &["y"]),
             OpCase::Matmul(case) => self.matmul(case),

@@ -53,7 +53,7 @@ pub(super) fn all(batch: usize, dtype: DType) -> Result<Vec<Case>> {
     if dtype != DType::F32 {
         cases.push(stem_convolution(views, dtype)); // in float32 it is the library's
     }
-    let pool = MaxPool { kernel: 3, stride: 2, padding: 1 };
+    let pool = MaxPool { kernel: 3, stride: 2, padding: 1, taken: true };
     cases.push(simple("max_pool", pool, vec![vec![views, 112, 112, 64]], dtype));
     cases.push(simple("global_avg_pool", GlobalAvgPool, vec![vec![views, 7, 7, 2048]], dtype));
     let wide = vec![views, 56, 56, 256];

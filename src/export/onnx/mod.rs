@@ -134,7 +134,7 @@ impl Translation<'_> {
             vec![("Gemm", reads, vec![Attribute::int("transB", 1)])]
         } else if let Some(Relu) = op.downcast_ref() {
             vec![("Relu", reads, vec![])]
-        } else if let Some(MaxPool { kernel, stride, padding }) = op.downcast_ref() {
+        } else if let Some(MaxPool { kernel, stride, padding, .. }) = op.downcast_ref() {
             vec![("MaxPool", reads, window([*kernel; 2], [*stride; 2], [*padding; 2]))]
         } else if let Some(GlobalAvgPool) = op.downcast_ref() {
             vec![("GlobalAveragePool", reads, vec![]), ("Flatten", vec![], vec![Attribute::int("axis", 1)])]

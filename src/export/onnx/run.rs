@@ -126,7 +126,7 @@ impl Recording {
             }
             ("MaxPool", 1) => {
                 let [kernel, stride, padding] = settings.window()?.map(|[vertical, _]| vertical);
-                tape.record_one(MaxPool { kernel, stride, padding }, &inputs)
+                tape.record_one(MaxPool { kernel, stride, padding, taken: false }, &inputs)
             }
             ("BatchNormalization", 5) => {
                 let fusion = Fusion { affine: true, residual: false, relu: false };

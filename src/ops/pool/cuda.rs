@@ -12,11 +12,11 @@ use crate::tensor::{DType, TensorDesc};
 use super::{Geometry, MaxPool};
 
 kernels! { "pool";
-    /// y = the maximum of each window
-    fn max_pool[F32, Bf16, F16; 256](x: DevicePtr, y: DevicePtr, pooling: Pooling);
-    /// d_x = the sum of d_y over the windows whose first maximum a position is
+    /// y = the maximum of each window; the positions that were taken, where they are wanted
+    fn max_pool[F32, Bf16, F16; 256](x: DevicePtr, y: DevicePtr, taken: DevicePtr, pooling: Pooling);
+    /// d_x = the sum of d_y over the windows that took a position
     fn max_pool_backward[F32, Bf16, F16; 128](
-        d_y: DevicePtr, x: DevicePtr, y: DevicePtr, d_x: DevicePtr, accumulate: i32, pooling: Pooling,
+        d_y: DevicePtr, taken: DevicePtr, d_x: DevicePtr, accumulate: i32, pooling: Pooling,
     );
     /// y = the mean over pixels
     fn global_avg_pool[F32, Bf16, F16; 256](x: DevicePtr, y: DevicePtr, tiles: RowTiles);
@@ -55,22 +55,23 @@ impl Pooling {
 pub(super) fn max_pool_forward(op: &MaxPool, io: &CudaIo<'_>) -> Result<()> {
     let (x, y) = (&io.inputs[0], &io.outputs[0]);
     let pooling = Pooling::new(op, op.geometry(x.desc)?, x.desc)?;
-    let call = max_pool(io.dtype(), x.ptr, y.ptr, pooling);
-    // SAFETY: the sizes are those of x, and `infer` made y of the same images and channels with oh x ow pixels.
+    let taken = io.outputs.get(1).map_or(DevicePtr::NULL, |taken| taken.ptr);
+    let call = max_pool(io.dtype(), x.ptr, y.ptr, taken, pooling);
+    // SAFETY: the sizes are those of x, and `infer` made y, and `taken` where there is one, of the same images and channels
+    // with oh x ow pixels; without one the kernel is told so.
     unsafe { io.launch(Grid::packs(y.desc.shape.len(), io.dtype()), call) }
 }
 
 pub(super) fn max_pool_gradient(op: &MaxPool, io: &CudaIo<'_>) -> Result<()> {
-    let [d_y, x, y] = [0, 1, 2].map(|i| io.inputs[i]);
-    let d_x = &io.outputs[0];
-    let pooling = Pooling::new(op, op.geometry(x.desc)?, x.desc)?;
-    let call = max_pool_backward(io.dtype(), d_y.ptr, x.ptr, y.ptr, d_x.ptr, i32::from(d_x.accumulate), pooling);
-    // SAFETY: the sizes are those of x; `infer` checked that d_y and y, the forward op's output, are alike, and made d_x
-    // like x.
+    let (d_y, taken, d_x) = (&io.inputs[0], &io.inputs[1], &io.outputs[0]);
+    let pooling = Pooling::new(op, op.geometry(d_x.desc)?, d_x.desc)?;
+    let call = max_pool_backward(io.dtype(), d_y.ptr, taken.ptr, d_x.ptr, i32::from(d_x.accumulate), pooling);
+    // SAFETY: the sizes are those of d_x, which is like the forward op's x; d_y is like its y, of oh x ow pixels, and `infer`
+    // checked that `taken` is of the same shape.
     unsafe { io.launch(gradient_grid(d_x.desc.shape.len(), io.dtype()), call) }
 }
 
-/// Blocks of 128 threads for `n` elements of d_x, of which a thread takes 4 packs where the kernel works in tiles.
+/// Blocks of 128 threads for `n` elements of d_x, of which a thread takes 4 packs where the kernel works in quads.
 fn gradient_grid(n: usize, dtype: DType) -> Grid {
     Grid::stride(n.div_ceil(4 * 16 / dtype.size()), 128)
 }

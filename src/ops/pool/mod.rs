@@ -9,10 +9,16 @@ use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
 use crate::graph::{GradBuilder, Op};
-use crate::tensor::TensorDesc;
+use crate::tensor::{DType, TensorDesc};
 
-/// Max pooling; x: `[n][h][w][c]`, y: `[n][oh][ow][c]`. Padding never wins. Among equal values the first in row-major order
-/// takes the gradient, as in PyTorch.
+/// What is written in the place of a position where a window's gradient goes nowhere.
+pub(in crate::ops) const NONE: u8 = u8::MAX;
+
+/// Max pooling; x: `[n][h][w][c]`, y: `[n][oh][ow][c]`. Padding never wins, NaN always does.
+///
+/// With `taken` there is a second output, a byte for each element of y: the position in its window, row by row, that the
+/// gradient goes to, which is the first of the maxima as in PyTorch, or 255 for none, where y is NaN. The gradient reads
+/// nothing else.
 #[derive(Debug, Clone, Copy)]
 pub struct MaxPool {
     /// Window height and width.
@@ -21,6 +27,8 @@ pub struct MaxPool {
     pub stride: usize,
     /// Padding on every side; at most half the kernel.
     pub padding: usize,
+    /// Whether to write what was taken, without which there is no gradient.
+    pub taken: bool,
 }
 
 /// Sizes of one pooling.
@@ -44,45 +52,99 @@ impl MaxPool {
         Ok(Geometry { h, w, c, oh: out(h), ow: out(w) })
     }
 
-    /// The rows (or columns) of the window at output position `o`, clipped to the image.
-    fn window(&self, o: usize, size: usize) -> std::ops::Range<usize> {
+    /// The positions of the window at output position `o` of an axis that lie within its `size`, each with where that is.
+    fn window(&self, o: usize, size: usize) -> impl Iterator<Item = (usize, usize)> {
         let start = o * self.stride;
-        start.saturating_sub(self.padding)..(start + self.kernel).saturating_sub(self.padding).min(size)
+        let inside = self.padding.saturating_sub(start)..self.kernel.min(size + self.padding - start);
+        let padding = self.padding;
+        inside.map(move |within| (within, start + within - padding))
     }
 
-    fn forward<T: Real>(&self, g: Geometry, x: &[T], y: &mut [T]) {
+    /// The windows of an axis with so many that position `i` lies in.
+    fn windows_over(&self, i: usize, windows: usize) -> std::ops::Range<usize> {
+        let padded = i + self.padding;
+        (padded + self.stride).saturating_sub(self.kernel) / self.stride..(padded / self.stride + 1).min(windows)
+    }
+
+    fn forward<T: Real>(&self, g: Geometry, x: &[T], y: &mut [T], taken: Option<&mut [u8]>) {
         let row = g.ow * g.c;
-        y.par_chunks_mut(row).enumerate().for_each(|(i, y)| {
-            let (image, oy) = (i / g.oh, i % g.oh);
-            let x = &x[image * g.h * g.w * g.c..][..g.h * g.w * g.c];
-            for (ox, y) in y.chunks_exact_mut(g.c).enumerate() {
-                let mut first = true;
-                for iy in self.window(oy, g.h) {
-                    for ix in self.window(ox, g.w) {
-                        let x = &x[(iy * g.w + ix) * g.c..][..g.c];
-                        if std::mem::take(&mut first) {
-                            y.copy_from_slice(x);
-                        } else {
-                            // NaN must win, and stay, or a diverged run would look healthy.
-                            let larger = |y: T, x: T| if x <= y || y.to_f64().is_nan() { y } else { x };
-                            y.iter_mut().zip(x).for_each(|(y, x)| *y = larger(*y, *x));
+        match taken {
+            Some(taken) => y
+                .par_chunks_mut(row)
+                .zip(taken.par_chunks_mut(row))
+                .enumerate()
+                .for_each(|(i, (y, taken))| self.forward_row(g, i, x, y, Some(taken))),
+            None => y.par_chunks_mut(row).enumerate().for_each(|(i, y)| self.forward_row(g, i, x, y, None)),
+        }
+    }
+
+    /// Row `i` of y, counted through all images.
+    fn forward_row<T: Real>(&self, g: Geometry, i: usize, x: &[T], y: &mut [T], mut taken: Option<&mut [u8]>) {
+        let (image, oy) = (i / g.oh, i % g.oh);
+        let x = &x[image * g.h * g.w * g.c..][..g.h * g.w * g.c];
+        for (ox, y) in y.chunks_exact_mut(g.c).enumerate() {
+            let mut taken = taken.as_mut().map(|taken| &mut taken[ox * g.c..][..g.c]);
+            y.fill(T::of(f64::NEG_INFINITY));
+            let mut first = true;
+            for (ky, iy) in self.window(oy, g.h) {
+                for (kx, ix) in self.window(ox, g.w) {
+                    let x = &x[(iy * g.w + ix) * g.c..][..g.c];
+                    if let Some(taken) = &mut taken {
+                        let position = (ky * self.kernel + kx) as u8;
+                        match std::mem::take(&mut first) {
+                            true => taken.fill(position), // where all is -infinity nothing is greater
+                            false => mark(taken, position, x, y),
                         }
                     }
+                    y.iter_mut().zip(x).for_each(|(y, x)| *y = if wins(*x, *y) { *x } else { *y });
                 }
             }
-        });
+            if let Some(taken) = taken {
+                let nan = |y: T| u8::from(y.to_f64().is_nan()).wrapping_neg();
+                taken.iter_mut().zip(y).for_each(|(taken, y)| *taken |= NONE & nan(*y));
+            }
+        }
+    }
+}
+
+/// Whether x takes the place of y, the maximum so far. NaN must win, and stay, or a diverged run would look healthy.
+fn wins<T: Real>(x: T, y: T) -> bool {
+    !(x <= y || y.to_f64().is_nan())
+}
+
+/// Notes `position` where x takes the place of y. Without a branch, which would be guessed wrong, and in a loop of its own: in
+/// one with the maxima neither is vectorised.
+fn mark<T: Real>(taken: &mut [u8], position: u8, x: &[T], y: &[T]) {
+    for ((taken, x), y) in taken.iter_mut().zip(x).zip(y) {
+        let mask = u8::from(wins(*x, *y)).wrapping_neg();
+        *taken = position & mask | *taken & !mask;
+    }
+}
+
+/// Which position of each window the gradient goes to.
+pub(in crate::ops) struct Taken<'a> {
+    pooling: MaxPool,
+    geometry: Geometry,
+    taken: &'a [u8],
+}
+
+impl<'a> Taken<'a> {
+    /// What `pooling` took of `x`.
+    pub fn new(pooling: MaxPool, x: &TensorDesc, taken: &'a [u8]) -> Result<Taken<'a>> {
+        Ok(Taken { pooling, geometry: pooling.geometry(x)?, taken })
     }
 
-    fn backward_image<T: Real>(&self, g: Geometry, d_y: &[T], x: &[T], y: &[T], d_x: &mut [T]) {
-        for oy in 0..g.oh {
-            for ox in 0..g.ow {
-                let out = (oy * g.ow + ox) * g.c;
-                for c in 0..g.c {
-                    let winner = self.window(oy, g.h).flat_map(|iy| self.window(ox, g.w).map(move |ix| (iy, ix)));
-                    let mut positions = winner.map(|(iy, ix)| (iy * g.w + ix) * g.c + c);
-                    if let Some(position) = positions.find(|&p| x[p] == y[out + c]) {
-                        d_x[position] += d_y[out + c];
-                    }
+    /// Adds to d_x, of the pixel `number` through all images, d_y of the windows that took it.
+    pub fn add<T: Real>(&self, d_x: &mut [T], d_y: &[T], number: usize) {
+        let (MaxPool { kernel, stride, padding, .. }, Geometry { h, w, c, oh, ow }) = (self.pooling, self.geometry);
+        let (image, iy, ix) = (number / (h * w), number / w % h, number % w);
+        for oy in self.pooling.windows_over(iy, oh) {
+            for ox in self.pooling.windows_over(ix, ow) {
+                let here = ((iy + padding - oy * stride) * kernel + ix + padding - ox * stride) as u8;
+                let window = ((image * oh + oy) * ow + ox) * c;
+                let (d_y, taken) = (&d_y[window..][..c], &self.taken[window..][..c]);
+                for ((d_x, d_y), taken) in d_x.iter_mut().zip(d_y).zip(taken) {
+                    *d_x += d_y.when(*taken == here);
                 }
             }
         }
@@ -96,18 +158,31 @@ impl Op for MaxPool {
 
     fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
         let g = self.geometry(inputs[0])?;
-        Ok(vec![TensorDesc::new([inputs[0].shape.dims()[0], g.oh, g.ow, g.c], inputs[0].dtype)])
+        if self.taken && self.kernel * self.kernel > NONE.into() {
+            let what = format!("the gradient of a max_pool of {0}x{0} windows, expected at most 15x15", self.kernel);
+            return Err(Error::Unsupported { what, hint: None });
+        }
+        let y = TensorDesc::new([inputs[0].shape.dims()[0], g.oh, g.ow, g.c], inputs[0].dtype);
+        let taken = self.taken.then(|| TensorDesc { dtype: DType::U8, ..y.clone() });
+        Ok([y].into_iter().chain(taken).collect())
     }
 
     fn backward(&self, g: &mut GradBuilder<'_>) -> Result<()> {
-        let inputs = [g.d_output(0)?, g.input(0), g.output(0)];
-        g.emit(MaxPoolBackward(*self), &inputs, &[Some(0)])
+        if !self.taken {
+            let what = "the gradient of a max_pool that does not write what it takes".into();
+            return Err(Error::Unsupported { what, hint: None });
+        }
+        let [_, h, w, _] = g.tape().desc(g.input(0)).shape.expect("max_pool", "x")?;
+        let inputs = [g.d_output(0)?, g.output(1)];
+        g.emit(MaxPoolBackward { pooling: *self, size: [h, w] }, &inputs, &[Some(0)])
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
         let g = self.geometry(io.inputs[0].desc)?;
         dispatch_real!("max_pool", io.inputs[0].desc.dtype, T => {
-            self.forward(g, io.inputs[0].get::<T>(), io.outputs[0].get::<T>());
+            let (y, taken) = io.outputs.split_at_mut(1);
+            let taken = taken.first_mut().map(|taken| taken.get::<u8>());
+            self.forward(g, io.inputs[0].get::<T>(), y[0].get::<T>(), taken);
         });
         Ok(())
     }
@@ -117,9 +192,13 @@ impl Op for MaxPool {
     }
 }
 
-/// d_x of [`MaxPool`]: inputs d_y, x and y; the position of each maximum is found again.
+/// d_x of [`MaxPool`]: inputs d_y and what was taken.
 #[derive(Debug, Clone, Copy)]
-struct MaxPoolBackward(MaxPool);
+struct MaxPoolBackward {
+    pooling: MaxPool,
+    /// Height and width of x.
+    size: [usize; 2],
+}
 
 impl Op for MaxPoolBackward {
     fn name(&self) -> &'static str {
@@ -127,10 +206,12 @@ impl Op for MaxPoolBackward {
     }
 
     fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
-        if inputs[0] != inputs[2] {
-            return Err(Error::shape("max_pool_backward", "d_y", inputs[2], inputs[0]));
+        let (d_y, taken) = (inputs[0], inputs[1]);
+        if d_y.shape != taken.shape {
+            return Err(Error::shape("max_pool_backward", "d_y", &taken.shape, &d_y.shape));
         }
-        Ok(vec![inputs[1].clone()])
+        let ([n, _, _, c], [h, w]) = (d_y.shape.expect("max_pool_backward", "d_y")?, self.size);
+        Ok(vec![TensorDesc::new([n, h, w, c], d_y.dtype)])
     }
 
     fn accumulates(&self) -> bool {
@@ -138,24 +219,22 @@ impl Op for MaxPoolBackward {
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
-        let g = self.0.geometry(io.inputs[1].desc)?;
+        let taken = Taken::new(self.pooling, io.outputs[0].desc, io.inputs[1].get::<u8>())?;
         dispatch_real!("max_pool_backward", io.inputs[0].desc.dtype, T => {
-            let (d_y, x, y) = (io.inputs[0].get::<T>(), io.inputs[1].get::<T>(), io.inputs[2].get::<T>());
-            let accumulate = io.outputs[0].accumulate;
-            let (image_in, image_out) = (g.h * g.w * g.c, g.oh * g.ow * g.c);
-            io.outputs[0].get::<T>().par_chunks_mut(image_in).enumerate().for_each(|(i, d_x)| {
+            let (d_y, accumulate) = (io.inputs[0].get::<T>(), io.outputs[0].accumulate);
+            let Geometry { w, c, .. } = taken.geometry;
+            io.outputs[0].get::<T>().par_chunks_mut(w * c).enumerate().for_each(|(row, d_x)| {
                 if !accumulate {
-                    d_x.fill(0.0);
+                    d_x.fill(T::ZERO);
                 }
-                let out = i * image_out..(i + 1) * image_out;
-                self.0.backward_image(g, &d_y[out.clone()], &x[i * image_in..][..image_in], &y[out], d_x);
+                d_x.chunks_exact_mut(c).enumerate().for_each(|(ix, d_x)| taken.add(d_x, d_y, row * w + ix));
             });
         });
         Ok(())
     }
 
     fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
-        cuda::max_pool_gradient(&self.0, io)
+        cuda::max_pool_gradient(&self.pooling, io)
     }
 }
 
@@ -250,18 +329,37 @@ impl Op for GlobalAvgPoolBackward {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensor::DType;
+    use crate::graph::{Role, Tape, backward};
 
     #[test]
     fn nan_wins_wherever_it_stands_in_the_window() {
-        let op = MaxPool { kernel: 2, stride: 1, padding: 0 };
+        let op = MaxPool { kernel: 2, stride: 1, padding: 0, taken: false };
         let geometry = op.geometry(&TensorDesc::new([1, 2, 2, 2], DType::F32)).unwrap();
         for position in 0..4 {
             let mut x = [3.0f32, -1.0, 2.0, -2.0, 5.0, -7.0, 4.0, -3.0];
             x[2 * position] = f32::NAN;
             let mut y = [0.0; 2];
-            op.forward(geometry, &x, &mut y);
+            op.forward(geometry, &x, &mut y, None);
             assert!(y[0].is_nan() && y[1] == -1.0, "NaN at {position}: {y:?}");
         }
+    }
+    #[test]
+    fn a_byte_has_room_for_15_x_15_positions() {
+        let x = TensorDesc::new([1, 16, 16, 3], DType::F32);
+        let infer = |kernel, taken| MaxPool { kernel, stride: 1, padding: 0, taken }.infer(&[&x]);
+        assert_eq!(infer(15, true).unwrap()[1], TensorDesc::new([1, 2, 2, 3], DType::U8));
+        assert_eq!(infer(16, false).unwrap(), [TensorDesc::new([1, 1, 1, 3], DType::F32)]);
+        let message = infer(16, true).unwrap_err().to_string();
+        assert!(message.contains("the gradient of a max_pool of 16x16 windows, expected at most 15x15"), "{message}");
+    }
+
+    #[test]
+    fn what_is_not_written_cannot_be_differentiated() {
+        let mut tape = Tape::new();
+        let x = tape.leaf("x", TensorDesc::new([1, 4, 4, 2], DType::F32), Role::Input, true);
+        let y = tape.record_one(MaxPool { kernel: 2, stride: 2, padding: 0, taken: false }, &[x]).unwrap();
+        let d_y = tape.leaf("d_y", tape.desc(y).clone(), Role::Input, false);
+        let message = backward(&mut tape, &[(y, d_y)]).unwrap_err().to_string();
+        assert!(message.contains("a max_pool that does not write what it takes"), "{message}");
     }
 }

@@ -10,6 +10,7 @@ use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
 use crate::graph::op::dispatch_real;
 use crate::graph::{Again, GradBuilder, Op, Tensors, Traffic};
+use crate::ops::pool::{MaxPool, NONE, Taken};
 use crate::tensor::{DType, TensorDesc};
 
 use super::cpu::Coefficients;
@@ -19,8 +20,7 @@ use super::{BatchNorm, BatchNormBackward, Fusion, Mask, cpu, repeat};
 const SIZE: usize = 3;
 const STRIDE: usize = 2;
 const PADDING: usize = 1;
-/// What is written where no position of a window is greater than 0.
-const NONE: u8 = u8::MAX;
+const POOLING: MaxPool = MaxPool { kernel: SIZE, stride: STRIDE, padding: PADDING, taken: true };
 
 /// `y = max_pool(relu(batch_norm(x)))`, training mode: as [`BatchNorm`] with ReLU and [`crate::ops::pool::MaxPool`] of 3x3 windows
 /// with stride 2 and padding 1 one after the other, bit for bit; in its gradient sums over pixels are in another order.
@@ -68,11 +68,6 @@ impl Windows {
 
     pub fn ow(&self) -> usize {
         Windows::down(self.w)
-    }
-
-    /// The position within window `o` of an axis that position `i` is at, if it is in it.
-    fn within(i: usize, o: usize) -> Option<usize> {
-        (i + PADDING).checked_sub(o * STRIDE).filter(|&within| within < SIZE)
     }
 }
 
@@ -195,8 +190,7 @@ impl Op for BatchNormMaxPoolBackward {
     }
 
     fn cpu(&self, io: &mut CpuIo<'_>) -> Result<()> {
-        let windows = Windows::new(io.inputs[1].desc)?;
-        let pooled = Pooled { taken: io.inputs[5].get::<u8>(), windows };
+        let pooled = Pooled(Taken::new(POOLING, io.inputs[1].desc, io.inputs[5].get::<u8>())?);
         dispatch_real!("batch_norm_max_pool_backward", io.inputs[1].desc.dtype, T => {
             cpu::pooled_backward::<T>(&self.norm(), io, pooled);
         });
@@ -212,30 +206,13 @@ impl Op for BatchNormMaxPoolBackward {
     }
 }
 
-/// Which position of each window the gradient goes to.
-pub(super) struct Pooled<'a> {
-    taken: &'a [u8],
-    windows: Windows,
-}
+/// The gradient that comes through the pooling.
+pub(super) struct Pooled<'a>(Taken<'a>);
 
 impl Pooled<'_> {
     /// The gradient in front of the pooling for row `row` of x: that of the windows that took it.
     pub fn gather<T: Real>(&self, g: &mut [T], d_y: &[T], row: usize) {
-        let Windows { h, w, c } = self.windows;
-        let (image, iy, ix) = (row / (h * w), row / w % h, row % w);
         g.fill(T::ZERO);
-        for oy in iy / STRIDE..=((iy + PADDING) / STRIDE).min(self.windows.oh() - 1) {
-            for ox in ix / STRIDE..=((ix + PADDING) / STRIDE).min(self.windows.ow() - 1) {
-                let (Some(ky), Some(kx)) = (Windows::within(iy, oy), Windows::within(ix, ox)) else { continue };
-                let here = (ky * SIZE + kx) as u8;
-                let window = ((image * self.windows.oh() + oy) * self.windows.ow() + ox) * c;
-                let (d_y, taken) = (&d_y[window..][..c], &self.taken[window..][..c]);
-                for ((g, d_y), taken) in g.iter_mut().zip(d_y).zip(taken) {
-                    if *taken == here {
-                        *g += *d_y;
-                    }
-                }
-            }
-        }
+        self.0.add(g, d_y, row);
     }
 }
