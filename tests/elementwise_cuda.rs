@@ -220,6 +220,41 @@ fn conversions_of_type_and_layout_have_the_bits_of_the_cpu() {
     }
 }
 
+/// Copies of all weights are one node, to which leaves are added one by one: more than a table of the kernel holds, of sizes
+/// around a chunk's and a pack's. A gradient goes to the leaves that want one, and only where one has come.
+#[test]
+fn copies_of_many_weights_have_the_bits_of_the_cpu_and_pass_gradients() {
+    let sizes = [4097, 1, 3, 4096, 8191, 5, 12_289].into_iter().chain((0..520).map(|i| 1 + i % 9));
+    let sizes: Vec<usize> = sizes.collect();
+    for narrow in [DType::Bf16, DType::F16] {
+        let convert = |device: &Device| {
+            let mut tape = Tape::new();
+            let leaf = |tape: &mut Tape, i: usize| {
+                tape.leaf("w", TensorDesc::new([sizes[i]], DType::F32), Role::Parameter, i != 2)
+            };
+            let first = leaf(&mut tape, 0);
+            let mut copies = vec![tape.record_one(Cast { to: narrow }, &[first]).unwrap()];
+            let mut weights = vec![first];
+            for i in 1..sizes.len() {
+                weights.push(leaf(&mut tape, i));
+                copies.push(tape.extend(0, weights[i]).unwrap());
+            }
+            assert_eq!(tape.nodes().len(), 1);
+            let seeds =
+                [1, 2, 4].map(|i| (copies[i], tape.leaf("seed", tape.desc(weights[i]).clone(), Role::Input, false)));
+            let gradients = backward(&mut tape, &seeds).unwrap();
+            for i in 0..5 {
+                let expected = seeds.iter().find(|seed| seed.0 == copies[i]).map(|seed| seed.1).filter(|_| i != 2);
+                assert_eq!(gradients.get(&weights[i]).copied(), expected, "gradient of weight {i}");
+            }
+            copies.iter().for_each(|&copy| _ = tape.keep(copy));
+            run(device, tape, &copies)
+        };
+        let (expected, got) = (convert(&cpu()), convert(&emulated(4)));
+        assert!(expected.iter().zip(&got).all(|(e, g)| e.bytes() == g.bytes()), "{narrow}");
+    }
+}
+
 /// Memory of a driver that holds `values`.
 fn upload(driver: &dyn Driver, desc: &TensorDesc, values: &[f64]) -> DevicePtr {
     let ptr = driver.allocate(desc.bytes()).unwrap();

@@ -64,6 +64,11 @@ impl GradBuilder<'_> {
         self.tape.value(self.node.inputs[i]).requires_grad
     }
 
+    /// Whether output `i` has a gradient.
+    pub fn reached(&self, i: usize) -> bool {
+        self.gradients.contains_key(&self.node.outputs[i])
+    }
+
     /// The gradient of output `i`.
     ///
     /// # Errors

@@ -192,6 +192,21 @@ impl Tape {
         Ok(self.record(op, inputs)?[0])
     }
 
+    /// Gives the node at position `index` one input more, and returns the output that comes of it. For an op that makes one
+    /// output of each input by itself, of leaves: the node stays where it is, before all that follows.
+    ///
+    /// # Errors
+    /// As [`Tape::record`].
+    pub fn extend(&mut self, index: usize, leaf: ValueId) -> Result<ValueId> {
+        let Node { op, name, inputs, outputs, .. } = self.nodes[index].clone();
+        let desc = self.infer(&*op, &name, &[&inputs[..], &[leaf]].concat())?.swap_remove(inputs.len());
+        let requires_grad = op.differentiable() && self.value(leaf).requires_grad;
+        let output = self.push_value(format!("{name}:{}", outputs.len()), desc, Role::Activation, requires_grad);
+        self.nodes[index].inputs.push(leaf);
+        self.nodes[index].outputs.push(output);
+        Ok(output)
+    }
+
     /// Records `op`, which also changes the persistent values `updates` in place.
     ///
     /// # Errors

@@ -96,6 +96,8 @@ pub struct Builder<'t> {
     means: HashMap<ValueId, ValueId>,
     /// Weights as layers take them: in the activations' type, padded.
     prepared: HashMap<ValueId, ValueId>,
+    /// The position of the node that makes all copies of weights in the activations' type.
+    copies: Option<usize>,
 }
 
 impl<'t> Builder<'t> {
@@ -112,6 +114,7 @@ impl<'t> Builder<'t> {
             sums: HashMap::new(),
             means: HashMap::new(),
             prepared: HashMap::new(),
+            copies: None,
         }
     }
 
@@ -280,12 +283,26 @@ impl<'t> Builder<'t> {
         if let Some(&prepared) = self.prepared.get(&w) {
             return Ok(prepared);
         }
-        let prepared = self.tape.scoped(name, |tape| {
-            let w = low_precision(tape, w, self.dtype)?;
-            channels.map_or(Ok(w), |channels| tape.record_one(PadChannels { channels }, &[w]))
-        })?;
+        let copy = self.low_precision(w)?;
+        let pad = |channels| self.tape.scoped(name, |tape| tape.record_one(PadChannels { channels }, &[copy]));
+        let prepared = channels.map_or(Ok(copy), pad)?;
         self.prepared.insert(w, prepared);
         Ok(prepared)
+    }
+
+    /// The copy of a master weight in the activations' type; one node in front of the first layer makes all of them, whose
+    /// launches would take longer than their bytes.
+    fn low_precision(&mut self, w: ValueId) -> Result<ValueId> {
+        if self.tape.desc(w).dtype == self.dtype {
+            return Ok(w);
+        }
+        match self.copies {
+            Some(node) => self.tape.extend(node, w),
+            None => {
+                self.copies = Some(self.tape.nodes().len());
+                self.tape.record_one(Cast { to: self.dtype }, &[w])
+            }
+        }
     }
 
     /// The parameters of a batch norm over so many channels, and its running statistics.
@@ -392,9 +409,4 @@ impl<'t> Builder<'t> {
         self.params.push(ParamInfo { name: name.into(), value, desc, trainable: false, group: self.group, init });
         value
     }
-}
-
-/// The copy of a master weight in the activations' type.
-fn low_precision(tape: &mut Tape, w: ValueId, dtype: DType) -> Result<ValueId> {
-    if tape.desc(w).dtype == dtype { Ok(w) } else { tape.record_one(Cast { to: dtype }, &[w]) }
 }

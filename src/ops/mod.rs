@@ -38,6 +38,7 @@ pub fn cuda_kernels() -> Vec<&'static Kernel> {
         batch_norm::pair::cuda::KERNELS,
         batch_norm::pooled::cuda::KERNELS,
         bias::cuda::KERNELS,
+        cast::cuda::KERNELS,
         conv2d::stem::KERNELS,
         cosine_loss::cuda::KERNELS,
         cross_entropy::cuda::KERNELS,

@@ -39,6 +39,11 @@ impl Parameter {
         Parameter { d_w, n: n as i64, ..Parameter::zeroed() }
     }
 
+    /// Nothing but a weight of `n` elements and its copy.
+    pub fn copied(w: DevicePtr, copy: DevicePtr, n: usize) -> Parameter {
+        Parameter { w, copy, n: n as i64, ..Parameter::zeroed() }
+    }
+
     pub fn chunks(&self) -> usize {
         chunks(self.n as usize)
     }
