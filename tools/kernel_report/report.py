@@ -29,12 +29,13 @@ READS = """relu relu_backward copy add slice_rows slice_rows_backward cast_from 
     global_avg_pool global_avg_pool_backward negative_cosine negative_cosine_backward softmax_xent softmax_xent_backward_p
     softmax_xent_backward_z cosine_loss cross_entropy cross_entropy_backward row_rnorms non_finite non_finite_chunks summarise knn_merge
     augment_crop stem_wgrad_finish batch_norm_max_pool batch_norm_max_pool_reduce batch_norm_max_pool_backward batch_norm_apply_and_sum
-    group_sums gram_masked_sums gram_centre subsample subsample_backward""".split()
+    group_sums gram_masked_sums gram_centre subsample subsample_backward batch_norm_pair_apply batch_norm_pair_reduce
+    batch_norm_pair_backward cast_all""".split()
 WRITES = """relu relu_backward copy add fill slice_rows slice_rows_backward cast_from cast_to add_bias sgd lars ceiling_copy philox_stream
     batch_norm_apply batch_norm_backward_reduce batch_norm_backward_apply max_pool max_pool_backward global_avg_pool_backward
     negative_cosine_backward softmax_xent_backward_p softmax_xent_backward_z cosine_loss cross_entropy_backward
     augment_finish stem_conv batch_norm_max_pool batch_norm_max_pool_backward batch_norm_apply_and_sum gram_masked_sums gram_centre
-    subsample subsample_backward""".split()
+    subsample subsample_backward batch_norm_pair_apply batch_norm_pair_backward""".split()
 
 
 def untyped(kernel):
