@@ -217,6 +217,8 @@ mod tests {
     use crate::backend::cuda::emulator;
     use crate::error::Result;
 
+    type Late = fn(&Emulator) -> Result<()>;
+
     /// What is said when `late` is done in the fourth of five steps.
     fn verdict(late: impl Fn(&Emulator) -> Result<()>) -> Worst {
         let device = Emulator::new(emulator::Options { threads: 1, seed: 0 }).unwrap();
@@ -241,7 +243,7 @@ mod tests {
 
     #[test]
     fn whatever_is_allocated_later_fails() {
-        let late: [(&str, fn(&Emulator) -> Result<()>); 5] = [
+        let late: [(&str, Late); 5] = [
             ("allocations after step 2 (3 steps): 1, with 24 more bytes in use", |device| {
                 device.allocate(24).map(drop)
             }),

@@ -318,7 +318,7 @@ fn gradients<T: Real>(op: &BatchNormBackward, io: &mut CpuIo<'_>, mask: MaskData
         });
     });
     if op.affine {
-        let of_groups: Vec<[&[f64]; 2]> = sums.chunks(2 * channels).map(|of_group| halves(of_group)).collect();
+        let of_groups: Vec<[&[f64]; 2]> = sums.chunks(2 * channels).map(halves).collect();
         write_affine_gradients::<T>(io, &of_groups, rstd, 1);
     }
     let others = io.outputs.len() - usize::from(op.residual);
