@@ -110,10 +110,10 @@ fn the_speed_is_that_of_steps_that_are_done() {
     let bench = Bench::new();
     bench.finish("speed", "--device cuda-emulated");
     let lines = metrics::read(&bench.run_path("speed").join("metrics.jsonl")).unwrap();
-    let seconds: Vec<f64> = lines.iter().map(|line| 32.0 / line.timing.images_per_s).collect();
-    let mean = seconds.iter().sum::<f64>() / seconds.len() as f64;
-    // However busy the machine is, no step takes next to nothing.
-    assert!(seconds.len() == 12 && seconds.iter().all(|s| *s > mean / 30.0), "{seconds:?}");
+    let mut seconds: Vec<f64> = lines.iter().map(|line| 32.0 / line.timing.images_per_s).collect();
+    seconds.sort_by(f64::total_cmp);
+    // However busy the machine is, none of them takes next to nothing beside the one in the middle.
+    assert!(seconds.len() == 12 && seconds[0] > seconds[6] / 30.0, "{seconds:?}");
 }
 
 #[test]
