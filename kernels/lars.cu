@@ -64,6 +64,6 @@ lars(const __grid_constant__ Parameters table, int32_t count, const Scale* scale
     const Parameter& p = table.at[parameter];
     const Scale scale = scales[parameter];
     const Hyper hyper = {float(step_params[p.lr]), float(step_params[MOMENTUM]), scale.weight_decay, 1.0f, scale.ratio};
-    update_chunk<float>(p, blockIdx.x, hyper);
+    update_chunk(p, blockIdx.x, hyper);
 }
 EXPORT(lars)

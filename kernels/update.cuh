@@ -1,5 +1,5 @@
-// What the optimisers share: a table of all parameters, passed to the kernel by value, and the update of one chunk of
-// one of them. A block works on one chunk; one launch updates every parameter of a network.
+// What works on all parameters in one launch shares: a table of them, passed to the kernel by value, and the update of one
+// chunk of one of them. A block works on one chunk.
 #pragma once
 
 #include "common.cuh"
@@ -20,7 +20,7 @@ struct Parameter {
     float* w;
     float* v;         // momentum
     const float* d_w; // gradient
-    void* copy;       // the weight in the activations' type; may be null
+    void* copy;       // the weight in the activations' type, where copies are made
     int64_t n;
     uint32_t first_chunk;
     uint16_t lr;      // position of its learning rate
@@ -60,9 +60,9 @@ struct Hyper {
     float scale;   // of the gradient with its weight decay; 1 changes no bit
 };
 
-// v = momentum v + scale (unscale d_w + weight_decay w), w = w - lr v, and the copy if there is one, in chunk number `chunk`
-// of the launch. The order of the operations is that of the CPU: equal bits.
-template <class T> __device__ __forceinline__ void update_chunk(const Parameter& p, uint32_t chunk, const Hyper hyper) {
+// v = momentum v + scale (unscale d_w + weight_decay w), w = w - lr v, in chunk number `chunk` of the launch. The order of the
+// operations is that of the CPU: equal bits.
+__device__ __forceinline__ void update_chunk(const Parameter& p, uint32_t chunk, const Hyper hyper) {
     for_chunk(p, chunk, [&](int64_t i, auto count) {
         constexpr int N = decltype(count)::value;
         float w[N], v[N], d_w[N];
@@ -76,6 +76,5 @@ template <class T> __device__ __forceinline__ void update_chunk(const Parameter&
         }
         store(p.v + i, v);
         store(p.w + i, w);
-        if (p.copy != nullptr) store(static_cast<T*>(p.copy) + i, w);
     });
 }

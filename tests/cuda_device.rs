@@ -471,7 +471,7 @@ fn weights(device: &Device, options: Options) -> Vec<HostTensor> {
     let x = tape.leaf("x", desc.clone(), Role::Input, false);
     let [w, v] = ["w", "v"].map(|name| tape.leaf(name, desc.clone(), Role::Parameter, false));
     let gradient = tape.record(Relu, &[x]).unwrap()[0];
-    let sgd = SgdUpdate { lr: vec![StepParam::Lr], copies: Vec::new(), guard: Guard::None };
+    let sgd = SgdUpdate { lr: vec![StepParam::Lr], guard: Guard::None };
     tape.update(sgd, &[step_params, gradient], &[w, v]).unwrap();
 
     let mut exec = device.executor_with(tape, options).unwrap();

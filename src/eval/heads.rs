@@ -277,7 +277,7 @@ fn record_update(tape: &mut Tape, head: &HeadValues, gradients: &Gradients) -> R
     let lr = vec![StepParam::Lr; head.params.len()];
     let name = format!("{}.update", head.params[0].name.split('.').next().unwrap_or_default());
     tape.scoped(&name, |tape| match head.head.optimiser {
-        Optimiser::Sgd => tape.update(SgdUpdate { lr, copies: Vec::new(), guard: Guard::None }, &inputs, &updates),
+        Optimiser::Sgd => tape.update(SgdUpdate { lr, guard: Guard::None }, &inputs, &updates),
         Optimiser::Lars => {
             let adapted = vec![true; head.params.len()];
             tape.update(LarsUpdate { lr, adapted, trust: TRUST, eps: EPS }, &inputs, &updates)

@@ -407,7 +407,7 @@ pub(super) fn record_update(
         Some(scaler) => (Guard::Unscale, scaler.update(tape, loss, &gradients)?),
         None => (Guard::Finite, loss),
     };
-    let op = SgdUpdate { lr: lr.collect(), copies: Vec::new(), guard };
+    let op = SgdUpdate { lr: lr.collect(), guard };
     let gradient_values = gradients.iter().map(|(_, g)| *g);
     let inputs: Vec<ValueId> = [step_params].into_iter().chain(gradient_values).chain([guarded]).collect();
     let updates: Vec<ValueId> = trained.iter().map(|p| p.value).chain(momenta.iter().map(|(_, v)| *v)).collect();

@@ -51,7 +51,7 @@ impl Op for LarsUpdate {
     }
 
     fn infer(&self, inputs: &[&TensorDesc]) -> Result<Vec<TensorDesc>> {
-        check_tensors("lars", self.lr.len(), 0, inputs)?;
+        check_tensors("lars", self.lr.len(), inputs)?;
         if self.adapted.len() != self.lr.len() {
             return Err(Error::shape("lars", "adapted", self.lr.len(), self.adapted.len()));
         }

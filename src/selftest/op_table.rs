@@ -244,7 +244,7 @@ impl Replay<'_> {
             OpCase::CrossEntropy => self.cross_entropy(),
             OpCase::ZStd => self.op(ZStd, &["z"], &["z_std"]),
             OpCase::Sgd { lr, momentum, weight_decay } => {
-                let op = SgdUpdate { lr: vec![StepParam::Lr], copies: Vec::new(), guard: Guard::None };
+                let op = SgdUpdate { lr: vec![StepParam::Lr], guard: Guard::None };
                 self.optimiser(op, [lr, lr, momentum, weight_decay], &["g"], &["w"], &["v"])
             }
             OpCase::Lars { lr, momentum, weight_decay, trust, eps, ref adapted } => {

@@ -186,7 +186,7 @@ fn sgd() -> Result<Case> {
         };
         let (gradients, weights) = (leaves("d_w", Role::Input), leaves("w", Role::Parameter));
         let momenta = leaves("v", Role::Optimiser);
-        let op = SgdUpdate { lr: vec![StepParam::Lr; params.len()], copies: Vec::new(), guard: Guard::None };
+        let op = SgdUpdate { lr: vec![StepParam::Lr; params.len()], guard: Guard::None };
         let inputs: Vec<_> = [step_params].into_iter().chain(gradients).collect();
         let updates: Vec<_> = weights.into_iter().chain(momenta).collect();
         tape.update(op, &inputs, &updates)?;

@@ -1,4 +1,4 @@
-//! The optimisers' table of all parameters, which goes to a kernel by value, and SGD by it.
+//! The table of all parameters, which goes to a kernel by value, of the optimisers and of the copies of weights; SGD by it.
 #![allow(unsafe_code)] // launches
 
 use bytemuck::{Pod, Zeroable};
@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 use crate::tensor::DType;
 
 kernels! { "sgd";
-    /// The update of all parameters of a table, and of their copies in the kernel's type
-    fn sgd[F32, Bf16, F16; 256](table: Parameters, count: i32, step_params: DevicePtr, guard: DevicePtr, unscale: i32);
+    /// The update of all parameters of a table
+    fn sgd[; 256](table: Parameters, count: i32, step_params: DevicePtr, guard: DevicePtr, unscale: i32);
 }
 
 // As in kernels/update.cuh.
@@ -107,20 +107,15 @@ pub(in crate::ops) fn parameters(io: &CudaIo<'_>, op: &str, lr: &[StepParam]) ->
     lr.iter().enumerate().map(parameter).collect()
 }
 
-pub(super) fn update(io: &CudaIo<'_>, SgdUpdate { lr, copies, guard }: &SgdUpdate) -> Result<()> {
-    let mut parameters = parameters(io, "sgd", lr)?;
-    let copy_tensors = &io.updates[2 * lr.len()..];
-    for (&parameter, copy) in copies.iter().zip(copy_tensors) {
-        parameters[parameter].copy = copy.ptr;
-    }
-    let dtype = copy_tensors.first().map_or(DType::F32, |copy| copy.desc.dtype);
+pub(super) fn update(io: &CudaIo<'_>, SgdUpdate { lr, guard }: &SgdUpdate) -> Result<()> {
+    let parameters = parameters(io, "sgd", lr)?;
     let scalar = io.inputs.get(1 + lr.len()).map_or(DevicePtr::NULL, |scalar| scalar.ptr);
     let unscale = i32::from(*guard == Guard::Unscale);
     for launch in Launch::all(&parameters) {
-        let call = sgd(dtype, launch.table, launch.count as i32, io.inputs[0].ptr, scalar, unscale);
-        // SAFETY: `infer` checked that gradient, weight and momentum of each parameter have its `n` elements, that copies
-        // have them in the kernel's type, that `step_params` has a value at every position of `StepParam`, and that a guard
-        // is a scalar of float32 where parameters are.
+        let call = sgd(launch.table, launch.count as i32, io.inputs[0].ptr, scalar, unscale);
+        // SAFETY: `infer` checked that gradient, weight and momentum of each parameter have its `n` elements, that
+        // `step_params` has a value at every position of `StepParam`, and that a guard is a scalar of float32 where parameters
+        // are.
         unsafe { io.launch(launch.grid(), call)? };
     }
     Ok(())

@@ -7,9 +7,8 @@ use rayon::prelude::*;
 use crate::backend::cpu::{CpuIo, Input, Real};
 use crate::backend::cuda::CudaIo;
 use crate::error::{Error, Result};
+use crate::graph::Op;
 use crate::graph::op::dispatch_real;
-use crate::graph::{Op, Tensors, Traffic};
-use crate::ops::cast::narrow;
 use crate::tensor::{DType, TensorDesc};
 
 /// Elements that one task updates.
@@ -54,14 +53,11 @@ pub enum Guard {
 /// `v = momentum v + (d_w + weight_decay w)`, `w = w - lr v` (dampening 0, no Nesterov).
 ///
 /// Inputs `step_params`, then a gradient per parameter, then the scalar of a guard if there is one; updates all weights, then
-/// all momentum buffers in the same order, then the low-precision copies. Where the guard forbids it, none of them changes.
+/// all momentum buffers in the same order. Where the guard forbids it, none of them changes.
 #[derive(Debug, Clone)]
 pub struct SgdUpdate {
     /// Which learning rate each parameter takes.
     pub lr: Vec<StepParam>,
-    /// The parameters, by number and each at most once, that have a copy in bf16 or f16 (all in one type) which is to be
-    /// what the new weight rounds to.
-    pub copies: Vec<usize>,
     /// On which condition anything is changed.
     pub guard: Guard,
 }
@@ -92,18 +88,7 @@ impl Op for SgdUpdate {
                 return Err(Error::shape("sgd", "guard", scalar, guard));
             }
         }
-        check_tensors("sgd", n, self.copies.len(), &inputs)?;
-        let copies = &inputs[1 + 3 * n..];
-        for (&parameter, copy) in self.copies.iter().zip(copies) {
-            let weight = inputs.get(1 + n + parameter).filter(|_| parameter < n).ok_or_else(|| {
-                Error::shape("sgd", "number of a parameter with a copy", format!("less than {n}"), parameter)
-            })?;
-            let narrow = weight.dtype == DType::F32 && matches!(copy.dtype, DType::Bf16 | DType::F16);
-            if copy.shape != weight.shape || copy.dtype != copies[0].dtype || !narrow {
-                let expected = format!("{} in bf16 or f16, all copies alike", weight.shape);
-                return Err(Error::shape("sgd", &format!("copy of parameter {parameter}"), expected, copy));
-            }
-        }
+        check_tensors("sgd", n, &inputs)?;
         Ok(Vec::new())
     }
 
@@ -111,8 +96,7 @@ impl Op for SgdUpdate {
         let params = io.inputs[0].get::<f64>();
         let n = self.lr.len();
         let Some(factor) = self.factor(io.inputs.get(1 + n)) else { return Ok(()) };
-        let (weights, rest) = io.updates.split_at_mut(n);
-        let (momenta, copies) = rest.split_at_mut(n);
+        let (weights, momenta) = io.updates.split_at_mut(n);
         for (i, lr) in self.lr.iter().enumerate() {
             let gradient = &io.inputs[1 + i];
             dispatch_real!("sgd", gradient.desc.dtype, T => {
@@ -121,17 +105,7 @@ impl Op for SgdUpdate {
                 update(weights[i].get::<T>(), momenta[i].get::<T>(), gradient.get::<T>(), hyper);
             });
         }
-        for (&parameter, copy) in self.copies.iter().zip(copies) {
-            let to = copy.desc.dtype;
-            narrow(copy.get(), weights[parameter].get::<f32>(), to);
-        }
         Ok(())
-    }
-
-    /// Copies are written, never read.
-    fn traffic(&self, tensors: &Tensors<'_>) -> Traffic {
-        let copies: usize = tensors.updates[2 * self.lr.len()..].iter().map(|copy| copy.bytes()).sum();
-        Traffic { read: tensors.once().read - copies as u64, ..tensors.once() }
     }
 
     fn cuda(&self, io: &CudaIo<'_>) -> Result<()> {
@@ -139,14 +113,13 @@ impl Op for SgdUpdate {
     }
 }
 
-/// Checks what every optimiser takes: `step_params`, `n` gradients, `n` weights and `n` momentum buffers alike, and `copies`
-/// more tensors.
-pub(super) fn check_tensors(op: &str, n: usize, copies: usize, tensors: &[&TensorDesc]) -> Result<()> {
+/// Checks what every optimiser takes: `step_params`, `n` gradients, `n` weights and `n` momentum buffers alike.
+pub(super) fn check_tensors(op: &str, n: usize, tensors: &[&TensorDesc]) -> Result<()> {
     if *tensors[0] != StepParam::desc() {
         return Err(Error::shape(op, "step_params", StepParam::desc(), tensors[0]));
     }
-    if tensors.len() != 1 + 3 * n + copies {
-        return Err(Error::shape(op, "tensors", 1 + 3 * n + copies, tensors.len()));
+    if tensors.len() != 1 + 3 * n {
+        return Err(Error::shape(op, "tensors", 1 + 3 * n, tensors.len()));
     }
     for i in 0..n {
         let (gradient, weight, momentum) = (tensors[1 + i], tensors[1 + n + i], tensors[1 + 2 * n + i]);
@@ -193,31 +166,16 @@ pub(super) fn update<T: Real>(w: &mut [T], v: &mut [T], d_w: &[T], hyper: Hyper<
 mod tests {
     use super::*;
 
-    fn infer(copies: Vec<usize>, tensors: &[TensorDesc]) -> Result<Vec<TensorDesc>> {
-        let op = SgdUpdate { lr: vec![StepParam::Lr, StepParam::PredictorLr], copies, guard: Guard::None };
-        op.infer(&tensors.iter().collect::<Vec<_>>())
-    }
-
     #[test]
-    fn copies_are_narrow_alike_and_of_their_weights_shape() {
+    fn gradients_and_momenta_are_like_their_weights() {
         let (a, b) = (TensorDesc::new([3, 5], DType::F32), TensorDesc::new([7], DType::F32));
-        let [a, b] = [&a, &b];
-        let narrow = |desc: &TensorDesc, dtype| TensorDesc { dtype, ..desc.clone() };
-        let with = |copies: &[TensorDesc]| {
-            [&[StepParam::desc()], &[a, b].repeat(3).into_iter().cloned().collect::<Vec<_>>()[..], copies].concat()
+        let infer = |tensors: &[&TensorDesc]| {
+            let op = SgdUpdate { lr: vec![StepParam::Lr, StepParam::PredictorLr], guard: Guard::None };
+            op.infer(&[&[&StepParam::desc()], tensors].concat())
         };
-        let (copy_a, copy_b) = (narrow(a, DType::F16), narrow(b, DType::F16));
-        infer(vec![], &with(&[])).unwrap();
-        infer(vec![1], &with(std::slice::from_ref(&copy_b))).unwrap();
-        infer(vec![1, 0], &with(&[copy_b.clone(), copy_a.clone()])).unwrap();
-        for (copies, tensors) in [
-            (vec![1], vec![]),
-            (vec![0], vec![copy_b.clone()]),
-            (vec![2], vec![copy_b.clone()]),
-            (vec![0, 1], vec![copy_a, narrow(b, DType::Bf16)]),
-            (vec![1], vec![b.clone()]),
-        ] {
-            assert!(infer(copies.clone(), &with(&tensors)).is_err(), "{copies:?} {tensors:?}");
+        infer(&[&a, &b, &a, &b, &a, &b]).unwrap();
+        for tensors in [&[&a, &b, &a, &b, &a][..], &[&a, &b, &a, &b, &b, &a], &[&b, &b, &a, &b, &a, &b]] {
+            assert!(infer(tensors).is_err(), "{tensors:?}");
         }
     }
 }
