@@ -184,7 +184,7 @@ __device__ __forceinline__ void global_avg_pool_backward(const T* __restrict__ d
         });                                                                                                                 \
     }                                                                                                                       \
     EXPORT(max_pool_backward_##S)                                                                                           \
-    KERNEL(TILE_THREADS) global_avg_pool_##S(const T* x, T* y, RowTiles tiles) {                                            \
+    KERNEL_RESIDENT(TILE_THREADS, 4) global_avg_pool_##S(const T* x, T* y, RowTiles tiles) {                                \
         with_width<T>(tiles.channels, [&](auto n) { global_avg_pool<decltype(n)::value>(x, y, tiles); });                   \
     }                                                                                                                       \
     EXPORT(global_avg_pool_##S)                                                                                             \
