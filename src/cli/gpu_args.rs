@@ -46,7 +46,7 @@ pub struct EpilogueArgs {
     /// with --resume, as before].
     #[arg(long, value_name = "MODE[:LAYERS]")]
     residual_gradient: Option<ResidualGradient>,
-    /// Whether the batch norm, ReLU and max pooling of the ImageNet stem are one kernel each way, which saves memory [default:
+    /// Whether the batch norm, ReLU and max pooling of the ImageNet stem are one op each way, which moves fewer bytes [default:
     /// false; with --resume, as before].
     #[arg(long, value_name = "BOOL")]
     fuse_pooling: Option<bool>,

@@ -162,7 +162,7 @@ pub struct Epilogues {
     pub gram: Layers,
     /// How the gradients of residual branches are added.
     pub residual_gradient: ResidualGradient,
-    /// Whether the stem's batch norm and the max pooling behind it are one op, which takes less memory.
+    /// Whether the stem's batch norm and the max pooling behind it are one op, which reads and writes less.
     pub pooling: bool,
     /// Whether the last batch norm of a block and that of its projection shortcut are one op, which reads and writes less.
     pub shortcut: bool,
