@@ -64,9 +64,11 @@ pub(super) fn backward(groups: usize, io: &CudaIo<'_>) -> Result<()> {
     let rows = Rows::new(io.inputs[1].desc, groups);
     let [d_y, mask] = [io.inputs[0].ptr, io.inputs[MASK].ptr];
     let [[x, mean], [r, mean_r]] = BRANCHES.map(|branch| [0, 1].map(|i| io.inputs[branch.x + i].ptr));
-    let of_branch = |branch: usize| io.workspace.offset(branch * workspace_bytes(&rows, 3));
-    let partials = [of_branch(0), of_branch(1)];
-    let coefficients = partials.map(|partials: DevicePtr| partials.offset(partials_bytes(&rows)));
+    // Both branches' partial sums, which are 8 bytes each, come before the coefficients, which are 4.
+    let sums = partials_bytes(&rows);
+    let of_branch = workspace_bytes(&rows, 3) - sums;
+    let partials = [0, 1].map(|branch| io.workspace.offset(branch * sums));
+    let coefficients = [0, 1].map(|branch| io.workspace.offset(2 * sums + branch * of_branch));
 
     let tiles = rows.summing();
     let call = batch_norm_pair_reduce(io.dtype(), d_y, mask, x, mean, partials[0], r, mean_r, partials[1], tiles);
